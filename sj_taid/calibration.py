@@ -35,7 +35,7 @@ class Calibrated:
 
     Attributes:
         layer: its path in the net.
-        before: its rate and threshold, as :func:`.monitor` has them.
+        before: its rate and threshold, as :class:`.monitor` has them.
         after: the same after.
         note: why the layer, or some of its channels, misses the rate, or ``""``.
     """

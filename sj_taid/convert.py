@@ -54,18 +54,9 @@ class Report:
     rows: tuple[Row, ...]
     remark: str = ""
 
-    @property
-    def changed(self) -> tuple[Row, ...]:
-        """The rows with something done."""
-        return tuple(row for row in self.rows if row.done)
-
-    @property
-    def kept(self) -> tuple[Row, ...]:
-        """The rows that were left alone, with the reason in ``note``."""
-        return tuple(row for row in self.rows if not row.done)
-
     def __str__(self) -> str:
-        head = f"{len(self.changed)} swapped, {len(self.kept)} left alone"
+        swapped = sum(row.done != "" for row in self.rows)
+        head = f"{swapped} swapped, {len(self.rows) - swapped} left alone"
         return "\n".join(filter(None, (head, table_of(self.rows), self.remark)))
 
     __repr__ = __str__

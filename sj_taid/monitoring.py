@@ -55,11 +55,14 @@ class LayerState:
     v_threshold: float
 
 
-def monitor(net: nn.Module, *, dead: float = 1e-3, saturated: float = 0.9) -> Monitor:
-    """Count the spikes of the neurons of ``net``, SpikingJelly's own too, by forward hooks.
+class monitor(AbstractContextManager["monitor"]):
+    """A counter of the spikes of ``net``, by forward hooks, until :meth:`remove` or ``with`` ends.
 
-    Neurons are subclasses of ``BaseNode`` and ``SimpleBaseNode``; it does not see others, such as
-    ``PSN``.
+    It counts without synchronisation until it is read. The graphs of a net compiled before have no
+    hooks: call ``torch.compiler.reset()`` in between.
+
+    Neurons are subclasses of ``BaseNode`` and ``SimpleBaseNode``, SpikingJelly's own too; it does
+    not see others, such as ``PSN``.
 
     Args:
         net: a module with neurons.
@@ -67,10 +70,6 @@ def monitor(net: nn.Module, *, dead: float = 1e-3, saturated: float = 0.9) -> Mo
             receive no gradient. A rule of thumb, as is the next.
         saturated: firing rate above which a layer hardly passes any information on; of a neuron
             that counts to D, that share of D.
-
-    Returns:
-        A :class:`.Monitor`, which counts without synchronisation until it is read. The graphs of a
-        net compiled before have no hooks: call ``torch.compiler.reset()`` in between.
 
     Raises:
         ValueError: not ``0 <= dead <= saturated <= 1``, or ``net`` has no neurons.
@@ -82,13 +81,8 @@ def monitor(net: nn.Module, *, dead: float = 1e-3, saturated: float = 0.9) -> Mo
     >>> watch.state()["1"]
     LayerState(firing_rate=0.5, tau=2.0, v_threshold=0.5)
     """
-    return Monitor(net, dead, saturated)
 
-
-class Monitor(AbstractContextManager["Monitor"]):
-    """A counter of spikes, on until :meth:`remove` or the end of ``with``."""
-
-    def __init__(self, net: nn.Module, dead: float, saturated: float) -> None:
+    def __init__(self, net: nn.Module, *, dead: float = 1e-3, saturated: float = 0.9) -> None:
         if not 0.0 <= dead <= saturated <= 1.0:
             raise ValueError(
                 f"expected 0 <= dead <= saturated <= 1, but dead={dead}, saturated={saturated}"
@@ -153,7 +147,7 @@ class Monitor(AbstractContextManager["Monitor"]):
 
 
 class _Count:
-    """The forward hook of one neuron, without a :class:`Monitor`, so that copies count apart."""
+    """The forward hook of one neuron, without its :class:`monitor`, so that copies count apart."""
 
     def __init__(self, node: Any) -> None:
         self.node = node

@@ -30,7 +30,7 @@ def test_calibrate_and_monitor_see_neurons_of_ones_own():
     with monitor(net) as watch:
         net(x_seq)
     assert watch.layers()["1"].firing_rate == pytest.approx(0.1, abs=0.01)
-    assert sj_taid.swap_neurons(net).kept[0].note == "not a LIF, PLIF or IF neuron"
+    assert sj_taid.swap_neurons(net).rows[0].note == "not a LIF, PLIF or IF neuron"
 
 
 @pytest.mark.parametrize("threshold", [0.01, 10.0])

@@ -36,7 +36,7 @@ def test_swap_zoo_net_has_equal_outputs_and_trains(name, kind):
 
     report = swap_neurons(net)
 
-    assert len(report.changed) >= 4 and not report.kept
+    assert len(report.rows) >= 4 and all(row.done for row in report.rows)
     assert not any(type(module) is kind for module in net.modules())
     assert torch.equal(run(net, x), before_eval)
     after = run(net.train(), x)
@@ -191,15 +191,15 @@ def test_swap_reports_what_it_keeps_with_the_reason():
     nodes = {name: node for name, (node, _) in reasons.items()}
     net = nn.ModuleDict(nodes | {"swapped": SlowLIF()})
     report = swap_neurons(net, filter=lambda path, node: path != "declined")
-    assert [row.layer for row in report.changed] == ["swapped"]
-    assert {row.layer for row in report.kept} == set(reasons)
-    assert all(row.note.startswith(reasons[row.layer][1]) for row in report.kept)
+    kept = {row.layer: row.note for row in report.rows if not row.done}
+    assert kept.keys() == reasons.keys()
+    assert all(note.startswith(reasons[layer][1]) for layer, note in kept.items())
     assert all(net[name] is node for name, node in nodes.items())
     assert type(net["swapped"]) is ALIFNode and net["swapped"].tau == 4.0
     table = str(report)
     assert table.startswith(f"1 swapped, {len(reasons)} left alone\n")
     assert "declined by filter" in table
-    assert "nn.Sequential" in swap_neurons(neuron.LIFNode()).kept[0].note  # it has no parent
+    assert "nn.Sequential" in swap_neurons(neuron.LIFNode()).rows[0].note  # it has no parent
 
 
 def test_swap_leaves_the_net_as_it_was_after_an_error():

@@ -243,36 +243,19 @@ def test_alif_node_refuses_bad_arguments(options, message):
         ALIFNode(**options)
 
 
-@pytest.mark.parametrize(
-    ("options", "x", "error", "message"),
-    [
-        (
-            {},
-            torch.ones(4, 2).bool(),
-            TypeError,
-            "must be a floating-point tensor, but it is torch.bool",
-        ),
-        ({}, torch.ones(0, 3), ValueError, r"must be \[T, N, \*\] with T >= 1"),
-        ({"step_mode": "s"}, torch.tensor(1.0), ValueError, r"must be \[T, N, \*\].* is \[1\]"),
-        (
-            {"channels": 7},
-            inputs(),
-            ValueError,
-            r"per channel.* is \[7\] and the input's \[6, 3, 5, 4\]",
-        ),
-    ],
-)
-def test_alif_node_refuses_bad_inputs(options, x, error, message):
-    with pytest.raises(error, match=message):
-        ALIFNode(**{"step_mode": "m"} | options)(x)
+NO_TENSOR = "must be a floating-point tensor, but it is"
 
 
 @pytest.mark.parametrize(
     ("changed", "error", "message"),
     [
-        ({"w": torch.zeros(5, 4)}, ValueError, "scalar or one value per channel"),
-        ({"w": 0.0}, TypeError, "w must be a floating-point tensor, but it is float"),
-        ({"v_threshold": 1}, TypeError, "v_threshold must be a floating-point tensor"),
+        ({"x_seq": torch.ones(4, 2).bool()}, TypeError, f"x_seq {NO_TENSOR} torch.bool"),
+        ({"x_seq": torch.ones(0, 3)}, ValueError, r"x_seq must be \[T, N, \*\] with T >= 1"),
+        ({"x_seq": torch.ones(1)}, ValueError, r"\[N, \*\] is x\.unsqueeze\(0\)"),
+        ({"w": torch.zeros(7)}, ValueError, r" is \[7\] and the input's \[6, 3, 5, 4\]"),
+        ({"v_threshold": torch.zeros(5, 4)}, ValueError, "a scalar or one value per channel"),
+        ({"w": 0.0}, TypeError, f"w {NO_TENSOR} float"),
+        ({"v_threshold": torch.tensor(1)}, TypeError, f"v_threshold {NO_TENSOR} torch.int64"),
         ({"v": None}, TypeError, "v must be a tensor or a number.* None"),
         (
             {"w": torch.zeros((), device="meta")},
@@ -281,10 +264,13 @@ def test_alif_node_refuses_bad_inputs(options, x, error, message):
         ),
     ],
 )
-def test_alif_multi_step_refuses_bad_arguments(changed, error, message):
-    good = {"v": 0.0, "w": torch.tensor(0.0), "v_threshold": torch.tensor(1.0)}
+def test_a_call_refuses_bad_arguments(changed, error, message):
+    good = {"x_seq": inputs(), "v": 0.0, "w": torch.tensor(0.0), "v_threshold": torch.tensor(1.0)}
     with pytest.raises(error, match=message):
-        alif_multi_step(inputs(), **good | changed)
+        alif_multi_step(**good | changed)
+    if "x_seq" in changed:
+        with pytest.raises(error, match=message):
+            ALIFNode(step_mode="m")(changed["x_seq"])
 
 
 def test_half_default_dtype_gives_float32_parameters():

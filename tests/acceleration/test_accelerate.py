@@ -428,7 +428,7 @@ def test_accelerated_net_is_swapped_after_unaccelerate_only():
     assert "unaccelerate(net)" in str(sj_taid.swap_neurons(net))
     assert b"sj_taid" not in pickle.dumps(sj_taid.to_lif(net))
     unaccelerate(net)
-    assert len(sj_taid.swap_neurons(net).changed) == 3
+    assert [row.done for row in sj_taid.swap_neurons(net).rows] == 3 * ["ALIFNode"]
 
 
 def test_accelerated_neurons_are_named_as_before():
