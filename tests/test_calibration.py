@@ -257,22 +257,14 @@ def test_calibrate_takes_a_huge_input_as_one_spike():
     assert not row.note and row.after.firing_rate == pytest.approx(0.2, rel=0.2)
 
 
-class Tree(nn.Module):
-    """Neurons of these kinds below other modules, one of them used twice by another path."""
-
-    def __init__(self, kinds):
-        super().__init__()
-        self.stem = nn.Linear(8, 32)
-        blocks = [nn.Sequential(nn.Linear(32, 32), kind(v_threshold=9.0)) for kind in kinds]
-        self.deep = nn.ModuleDict({"blocks": nn.ModuleList(blocks)})
-        self.last = self.deep["blocks"][-1]
-        functional.set_step_mode(self, "m")
-
-    def forward(self, x_seq):
-        x_seq = self.stem(x_seq)
-        for block in self.deep["blocks"]:
-            x_seq = block(x_seq)
-        return x_seq
+def tree(kinds):
+    """Neurons of these kinds below other modules, the last one by two paths."""
+    blocks = [nn.Sequential(nn.Linear(32, 32), kind(v_threshold=9.0)) for kind in kinds]
+    net = nn.Sequential(nn.Linear(8, 32), nn.Sequential(*blocks))
+    net.forward = lambda x_seq: net[1](net[0](x_seq))
+    net.last = blocks[-1]
+    functional.set_step_mode(net, "m")
+    return net
 
 
 LIF, PLIF, IF = neuron.LIFNode, neuron.ParametricLIFNode, neuron.IFNode
@@ -291,11 +283,11 @@ SAVED = pytest.mark.parametrize(
 @pytest.mark.parametrize("accelerated", [False, True])
 def test_calibrated_thresholds_are_saved_and_put_back(kinds, fixed, accelerated):
     torch.manual_seed(1)
-    net, fresh, x_seq = Tree(kinds), Tree(kinds), 4 * torch.rand(4, 32, 8)
+    net, fresh, x_seq = tree(kinds), tree(kinds), 4 * torch.rand(4, 32, 8)
     if accelerated:
         sj_taid.accelerate(net)
     report = calibrate(net, x_seq)
-    paths = [f"deep.blocks.{n}.1" for n in fixed]
+    paths = [f"1.{n}.1" for n in fixed]
     assert [*report.fixed_thresholds] == paths
     last = str(report).splitlines()[-1]
     assert (f"{len(paths)} thresholds" in last and "set_fixed_thresholds" in last) == bool(paths)
@@ -311,18 +303,16 @@ def test_calibrated_thresholds_are_saved_and_put_back(kinds, fixed, accelerated)
     assert torch.equal(fresh(x_seq), expected)
 
 
-@pytest.mark.parametrize(
-    "wrong", ["deep.blocks.1.1", "deep.blocks.0", "deep.blocks.7.1", "stem", ""]
-)
+@pytest.mark.parametrize("wrong", ["1.1.1", "1.0", "1.7.1", "stem", ""])
 def test_set_fixed_thresholds_refuses_other_names(wrong):
     """Those of an ALIF, of a module without a threshold, and of none."""
-    net = Tree((IF, ALIFNode, LIF))
-    there = ["deep.blocks.0.1", "deep.blocks.2.1"]
+    net = tree((IF, ALIFNode, LIF))
+    there = ["1.0.1", "1.2.1"]
     with pytest.raises(ValueError, match=f"at {wrong!r}; there are") as info:
-        set_fixed_thresholds(net, {"deep.blocks.0.1": 0.5, wrong: 0.5})
+        set_fixed_thresholds(net, {"1.0.1": 0.5, wrong: 0.5})
     assert str(there) in str(info.value)
-    with pytest.raises(ValueError, match=r"threshold of 'deep.blocks.2.1' must be a number"):
-        set_fixed_thresholds(net, {"deep.blocks.0.1": 0.5, "deep.blocks.2.1": "0.5"})
+    with pytest.raises(ValueError, match=r"threshold of '1.2.1' must be a number"):
+        set_fixed_thresholds(net, {"1.0.1": 0.5, "1.2.1": "0.5"})
     assert fixed_thresholds(net) == dict.fromkeys(there, 9.0)
 
 

@@ -12,7 +12,7 @@ from spikingjelly.activation_based import functional, neuron, surrogate
 from torch import nn
 
 from sj_taid import ALIFNode, accelerate
-from sj_taid.functional import alif_multi_step, lower_bound
+from sj_taid.functional import alif_multi_step
 from sj_taid.ops.surrogate import MultiLevelSpikeCount
 from tests.helpers import HALF, default_dtype
 
@@ -53,15 +53,6 @@ def test_alif_node_gives_equal_bits_in_every_step_mode(options):
     for other, v in ((steps, v_steps), (explicit, v_explicit), (torch.stack(spikes), states[0])):
         assert torch.equal(sequence, other)
         assert torch.equal(v_sequence, v)
-
-
-@pytest.mark.parametrize("channels", [None, 5])
-def test_a_neuron_that_counts_learns_tau_and_threshold(channels):
-    node = ALIFNode(1.5, levels=4, v_reset=None, channels=channels, step_mode="m")
-    counts = node(2 * inputs())
-    assert counts.unique().tolist() == [0, 1, 2, 3, 4] and "levels=4" in repr(node)
-    counts.square().sum().backward()
-    assert node.w.grad.ne(0).all() and node.v_threshold.grad.ne(0).all()
 
 
 @pytest.mark.parametrize("accelerated", [False, True])
@@ -112,43 +103,32 @@ def test_state_dict_holds_parameters_and_loads_plifs():
     assert node.tau.item() == pytest.approx(3.5)
 
 
+@pytest.mark.parametrize("options", [{}, {"levels": 4, "v_reset": None}], ids=str)
 @pytest.mark.parametrize("channels", [None, 5])
-def test_parameters(channels):
-    node = ALIFNode(init_tau=4.0, v_threshold=0.7, channels=channels)
+def test_parameters_learn_unless_they_are_frozen(channels, options):
+    options |= {"init_tau": 4.0, "v_threshold": 0.7, "channels": channels}
+    node, x = ALIFNode(**options), 2 * inputs()[0]
     assert node.w.shape == node.v_threshold.shape == (() if channels is None else (5,))
     torch.testing.assert_close(node.tau, torch.full_like(node.w, 4.0))
     torch.testing.assert_close(node.w, torch.full_like(node.w, -math.log(3.0)))
-    node(inputs()[0]).sum().backward()
-    assert torch.isfinite(node.w.grad).all() and node.w.grad.abs().sum() > 0
-    assert torch.isfinite(node.v_threshold.grad).all() and node.v_threshold.grad.abs().sum() > 0
-
-
-def test_frozen_parameters_get_no_gradient():
-    node = ALIFNode(learn_tau=False, learn_threshold=False)
-    x = inputs()[0].requires_grad_()
-    node(x).sum().backward()
+    node(x).square().sum().backward()
+    for parameter in (node.w, node.v_threshold):
+        assert parameter.grad.isfinite().all() and parameter.grad.ne(0).all()
+    node = ALIFNode(learn_tau=False, learn_threshold=False, **options)
+    node(x.requires_grad_()).sum().backward()
     assert node.w.grad is None and node.v_threshold.grad is None
     assert x.grad.abs().sum() > 0
 
 
 def test_min_v_threshold_lets_the_threshold_recover():
-    node = ALIFNode(v_threshold=0.3, min_v_threshold=0.1)
+    """At the bound a silent input does not fire, and the gradient leads up alone."""
+    node = ALIFNode(channels=5, v_threshold=0.3, min_v_threshold=0.1)
     with torch.no_grad():
-        node.v_threshold.fill_(-1.0)
-    assert node.effective_v_threshold.item() == pytest.approx(0.1)
-    # At the bound a silent input must not fire, and a loss that wants fewer spikes raises V_th.
-    spikes = node(torch.zeros(4, 3))
-    assert spikes.sum() == 0
-    spikes.sum().backward()
-    assert node.v_threshold.grad < 0
-
-
-def test_lower_bound_blocks_gradients_further_down():
-    p = torch.tensor([-1.0, -1.0, 0.0, 1.0, 1.0], requires_grad=True)
-    bounded = lower_bound(p, 0.0)
-    bounded.backward(torch.tensor([1.0, -1.0, 1.0, 1.0, -1.0]))
-    assert bounded.tolist() == [0.0, 0.0, 0.0, 1.0, 1.0]
-    assert p.grad.tolist() == [0.0, -1.0, 1.0, 1.0, -1.0]
+        node.v_threshold.copy_(torch.tensor([-1.0, -1.0, 0.1, 1.0, 1.0]))
+    assert torch.equal(node.effective_v_threshold, node.v_threshold.clamp(min=0.1))
+    assert node(torch.zeros(4, 5)).sum() == 0
+    node.effective_v_threshold.backward(torch.tensor([1.0, -1.0, 1.0, 1.0, -1.0]))
+    assert node.v_threshold.grad.tolist() == [0.0, -1.0, 1.0, 1.0, -1.0]
 
 
 @pytest.mark.filterwarnings("ignore:backend 'numba' cannot take this call")  # float16
@@ -185,6 +165,7 @@ def test_repr_shows_parameters_and_options():
     for part in ("tau=3..3", "v_threshold=0.5..0.5", "backend=auto", "channels=2"):
         assert part in text
     assert "tau=?, v_threshold=?" in repr(ALIFNode(channels=3).to("meta"))
+    assert "levels=4" in repr(ALIFNode(levels=4, v_reset=None))
 
 
 def test_alif_node_refuses_a_backend_by_position():
