@@ -81,7 +81,7 @@ def store(finished: Mapping[Path, Metrics], results: Path = RESULTS) -> Iterator
         if not experiment:
             yield f"not stored: {folder} (it is no run of experiment=...)"
             continue
-        name = folder_name([f"{key}={value}" for key, value in choices.items()])
+        name = folder_name(",".join(sorted(f"{key}={value}" for key, value in choices.items())))
         path = results / "runs" / experiment / f"{name}.json"
         with atomic_write(path) as temporary:
             temporary.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")

@@ -10,13 +10,15 @@ from lightning.pytorch.callbacks import EarlyStopping
 from spikingjelly.activation_based import neuron
 
 from sj_taid import ALIFNode
-from sj_taid._internal.kinds import check_kinds
+from sj_taid._internal.kinds import Seed, check_kinds, declared_kinds
 
 
 @dataclass(kw_only=True)
 class Base:
     size: int
     share: float = 0.5
+    folder: Path | None = None
+    seed: Seed = 0
 
 
 class Derived(Base):
@@ -38,27 +40,26 @@ class Unresolved:
         pass
 
 
-def function(rate: float, folder: Path | None = None):
-    pass
-
-
 @pytest.mark.parametrize(
     ("target", "good", "wrong"),
     [
-        (Derived, {"size": 3, "share": 1}, {"size": 3.0, "share": "x"}),
+        (
+            Derived,
+            {"size": 3, "share": 1, "folder": None},
+            {"size": 3.0, "share": "x", "folder": 3, "seed": -1},
+        ),
         (
             Passes,
             {"name": "x", "depth": None, "spiking": False, "other": 3, "unknown": {}},
             {"name": 3, "depth": "x", "spiking": 1},
         ),
         (Unresolved, {"depth": "x", "flag": False}, {"flag": "no"}),
-        (function, {"rate": 1, "folder": None}, {"rate": "x", "folder": 3}),
         (ALIFNode, {"init_tau": 2, "channels": None}, {"v_threshold": "1", "channels": 2.0}),
         (neuron.LIFNode, {"tau": 2.0, "v_reset": None}, {"tau": "2", "detach_reset": 0}),
         (
             torch.optim.Adam,
-            {"lr": float("inf"), "weight_decay": 2**40},
-            {"lr": float("nan"), "weight_decay": 2**70, "betas": [0.9, float("nan")]},
+            {"weight_decay": 2**40},
+            {"lr": float("nan"), "weight_decay": float("inf"), "betas": [0.9, float("nan")]},
         ),
         (torch.optim.Adam, {"lr": 1, "betas": [0.9, 0.99]}, {"lr": "x", "betas": 0.9, "eps": []}),
         (
@@ -70,8 +71,9 @@ def function(rate: float, folder: Path | None = None):
     ],
 )
 def test_check_kinds(target, good, wrong):
-    check_kinds(target, good)
+    kinds = declared_kinds(target)
+    check_kinds(kinds, good)
     for name, value in wrong.items():
         with pytest.raises(ValueError, match=rf"^part\.{name}: .+, but it is ") as refused:
-            check_kinds(target, {**good, name: value}, "part.")
+            check_kinds(kinds, {**good, name: value}, "part.")
         assert str(refused.value).endswith(repr(value))

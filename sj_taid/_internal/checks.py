@@ -31,20 +31,12 @@ def expand_home(path: str | Path) -> Path:
 #: what a value must be, in words, and whether it is
 Rule = tuple[str, Callable[[Any], bool]]
 
-#: of torch and numpy
-SEED: Rule = (
-    "an integer >= 0, below 2^32",
-    lambda value: is_whole(value) and 0 <= value < 2**32,
-)
 NUMBER: Rule = ("a number", lambda value: is_number(value) and value == value)  # infinite ones too
 NOT_NEGATIVE: Rule = (
     "a finite number >= 0",
     lambda value: is_number(value) and 0 <= value < float("inf"),
 )
-POSITIVE: Rule = ("a number > 0", lambda value: is_number(value) and value > 0)
 SHARE: Rule = ("a number from 0 to 1", lambda value: is_number(value) and 0 <= value <= 1)
-#: Path would take "" for the folder that one is in.
-PATH: Rule = ("a path", lambda value: isinstance(value, str | Path) and str(value) != "")
 FLAG: Rule = ("True or False", lambda value: isinstance(value, bool))
 
 

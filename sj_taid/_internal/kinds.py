@@ -6,58 +6,57 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import is_dataclass
 from functools import cache
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True)
-#: what takes an object says itself what to write instead of a text
+#: of torch and numpy
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Text = Annotated[str, Field(min_length=1)]
+
+STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
+#: pydantic's errors where an object is declared
 OF_OBJECTS = ("needs_python_object", "callable_type")
 
 
-def check_kinds(target: Any, values: Mapping[str, Any], prefix: str = "") -> None:
-    """Raise a ``ValueError`` if a value is of another kind than ``target`` declares.
+def check_kinds(kinds: Mapping[str, Any], values: Mapping[str, Any], prefix: str = "") -> None:
+    """Raise a ``ValueError`` if a value of a config is of another kind than it should be.
 
-    ``prefix`` is of the names in an error. Objects pass, and null where a library's annotations
-    leave it out.
+    Values that are not in ``kinds`` pass, and objects; ``prefix`` is of the names in an error.
 
     >>> from sj_taid import ALIFNode
-    >>> check_kinds(ALIFNode, {"init_tau": 3, "decay_input": "no"}, "neuron.")
+    >>> values = {"init_tau": 3, "decay_input": "no"}
+    >>> check_kinds(declared_kinds(ALIFNode), values, "neuron.")
     Traceback (most recent call last):
     ValueError: neuron.decay_input: input should be a valid boolean, but it is 'no'
     """
-    is_own = target.__module__.partition(".")[0] == "sj_taid"
-    for name, kind in declared_kinds(target).items():
-        value = values.get(name)
-        if name not in values or (value is None and not is_own):
+    for name, value in values.items():
+        if name not in kinds or "_target_" in repr(value):
             continue
-        for number in value if isinstance(value, list | tuple) else [value]:
-            is_huge = isinstance(number, int) and not -(2**63) <= number < 2**63
-            if is_huge or (isinstance(number, float) and number != number):
-                raise ValueError(f"{prefix}{name}: a number of 64 bits, but it is {value!r}")
         try:
             # JSON's lists are tuples too, and its texts are paths.
-            TypeAdapter(kind, config=STRICT).validate_json(json.dumps(value))
+            TypeAdapter(kinds[name], config=STRICT).validate_json(json.dumps(value))
         except ValidationError as error:
-            said = [one["msg"] for one in error.errors() if one["type"] not in OF_OBJECTS]
-            if said or not isinstance(value, str):
-                expected = "; ".join(dict.fromkeys(said)).lower() or "an object, by its _target_"
-                raise ValueError(f"{prefix}{name}: {expected}, but it is {value!r}") from None
+            said = [one["msg"].lower() for one in error.errors() if one["type"] not in OF_OBJECTS]
+            expected = "; ".join(dict.fromkeys(said)) or "an object, by its _target_"
+            raise ValueError(f"{prefix}{name}: {expected}, but it is {value!r}") from None
         except Exception:  # an object, or an annotation that pydantic does not know
             continue
 
 
 @cache
-def declared_kinds(target: Any) -> dict[str, Any]:
-    """The annotations of arguments, of base classes too, since ``**kwargs`` go there."""
+def declared_kinds(target: type) -> dict[str, Any]:
+    """The annotations of a class's arguments, of base classes too, since ``**kwargs`` go there."""
     kinds: dict[str, Any] = {}
-    for owner in inspect.getmro(target)[::-1] if isinstance(target, type) else [target]:
-        function = vars(owner).get("__init__") if isinstance(owner, type) else owner
-        if not inspect.isfunction(function):
+    for owner in reversed(inspect.getmro(target)):
+        if not inspect.isfunction(function := vars(owner).get("__init__")):
             continue
+        parameters = inspect.signature(function).parameters.values()
+        kinds |= {one.name: bool for one in parameters if isinstance(one.default, bool)}
         with suppress(Exception):  # names that are there for type checkers alone
-            kinds |= get_type_hints(owner if is_dataclass(owner) else function)
-        for name, parameter in inspect.signature(function).parameters.items():
-            if isinstance(parameter.default, bool):  # a flag, annotated or not
-                kinds.setdefault(name, bool)
-    return kinds
+            annotated = owner if is_dataclass(owner) else function
+            kinds |= get_type_hints(annotated, include_extras=True)
+    is_own = target.__module__.partition(".")[0] == "sj_taid"
+    # Libraries leave null out where they take it.
+    return kinds if is_own else {name: kind | None for name, kind in kinds.items()}

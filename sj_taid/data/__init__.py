@@ -2,7 +2,7 @@
 
 from .._internal.extras import needs
 
-with needs("lightning torchvision scikit-learn filelock"):
+with needs("lightning torchvision scikit-learn filelock pydantic"):
     from .base import Data
     from .event import CIFAR10DVS, NMNIST, DVS128Gesture
     from .folder import CelebA, ImageFolder

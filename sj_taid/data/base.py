@@ -12,11 +12,13 @@ from typing import Any, ClassVar, Literal, Self
 
 import lightning as L
 import torch
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 from torchvision.transforms import v2
 
 from .._internal.checks import check_sizes
+from .._internal.kinds import Seed, Share
 from .augment import AUGMENTATIONS, transform_each
 from .samples import Batch, Samples
 
@@ -60,15 +62,15 @@ class Data(L.LightningDataModule):
     name: str
     channels: int
     image_size: int
-    batch_size: int
+    batch_size: PositiveInt
     classes: int | None = None
-    num_workers: int = 0
+    num_workers: NonNegativeInt = 0
     augment: str | None = None
-    erase: float = 0.0
-    mixup: float = 0.0
-    limit: int | None = None
+    erase: Share = 0.0
+    mixup: NonNegativeFloat = 0.0
+    limit: PositiveInt | None = None
     validation: float | Literal["own"] | None = None
-    seed: int = 0
+    seed: Seed = 0
 
     #: published numbers of training and test samples; others are logged
     counts: ClassVar[tuple[int, int] | None] = None

@@ -7,6 +7,7 @@ from glob import iglob
 from pathlib import Path
 
 from PIL import Image, ImageOps
+from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2 import functional
@@ -65,8 +66,8 @@ class ImageFolder(ImageData):
     test_root: Path | None = None
     test_share: float = 0.1
     crop: int | None = None
-    batch_size: int | None = None  # type: ignore[assignment]
-    num_workers: int | None = None  # type: ignore[assignment]
+    batch_size: PositiveInt | None = None  # type: ignore[assignment]
+    num_workers: NonNegativeInt | None = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         self.root = expand_home(self.root)

@@ -121,7 +121,7 @@ def save_model(run: str | Path, folder: str | Path, half: bool = False) -> None:
         from safetensors.torch import save
 
         from ..training.files import atomic_write
-        from ..training.run import Run, remove_backends
+        from ..training.run import Run
     folder = expand_home(folder)
     config = folder / CONFIG  # another program's has the same name
     before = config.read_text("utf-8", "replace") if config.is_file() else ""
@@ -131,7 +131,7 @@ def save_model(run: str | Path, folder: str | Path, half: bool = False) -> None:
     finished = Run.find(run)
     if finished.checkpoint not in (finished.best, Run(finished.folder).checkpoint):
         raise ValueError(f"{finished.checkpoint} was not tested; save the run, or its best.ckpt")
-    metrics, architecture = finished.latest_metrics, remove_backends(finished.model_config)
+    metrics, architecture = finished.latest_metrics, finished.model_config
     model, trained = build(architecture), finished.model()
     weights = {key: tensor.contiguous() for key, tensor in trained.state_dict().items()}
     if half:

@@ -60,7 +60,8 @@ def cached(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
                     return saved["content"]
                 log.warning("%s is a renamed file; it is made again", path)
             except Exception as error:  # whatever the damage leads to
-                log.warning("%s is damaged (%s); it is made again", path, type(error).__name__)
+                kind = type(error).__name__
+                log.warning("%s is damaged or an older one (%s); it is made again", path, kind)
         made = make()
         atomic_save(path, {"name": path.name, "content": made})
         return made

@@ -26,7 +26,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from .._internal.extras import REMEDY, TRAIN, needs
-from .config import CONF, VERSION, key_of, keys_there
+from .config import CONF, VERSION, keys_there
 
 #: what a user's error is, whose message is enough
 USER_ERRORS = (
@@ -56,8 +56,6 @@ def main(command: str, arguments: Sequence[str]) -> None:
     try:
         if not Path(CONF, f"{command}.yaml").is_file():
             return find_main(command)(arguments)
-        if {"resume", "hydra.run.dir"} <= {key_of(a) for a in arguments if a != "resume=null"}:
-            raise ValueError("resume= continues in the run's own folder; leave hydra.run.dir= out")
         if {"-m", "--multirun"} & {*arguments}:
             end_workers_with_sweep()
         sys.argv[1:] = arguments
@@ -117,5 +115,5 @@ def format_error(error: Exception, command: str = "train") -> str:
         text = "checkpoint= is missing: give the folder of a run, as checkpoint=runs/1"
     if "No supported gpu backend" in text:
         text = "no GPU is found: leave trainer=gpu out; `sj-taid doctor` says what there is"
-    hint = "(HYDRA_FULL_ERROR=1 shows the traceback)"
-    return "\n".join([text, *getattr(error, "__notes__", ()), hint])
+    hint = ["(HYDRA_FULL_ERROR=1 shows the traceback)"] if command != "compare" else []
+    return "\n".join([text, *getattr(error, "__notes__", ()), *hint])

@@ -5,30 +5,19 @@ from __future__ import annotations
 import hashlib
 import re
 import shlex
-from collections.abc import Collection, Iterable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import hydra
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from .._internal.build import find_class, is_below
-from .._internal.checks import (
-    FLAG,
-    NOT_NEGATIVE,
-    PATH,
-    POSITIVE,
-    SEED,
-    SHARE,
-    Rule,
-    check,
-    expand_home,
-    integer,
-    is_number,
-)
-from .._internal.kinds import check_kinds
+from .._internal.build import find_class
+from .._internal.checks import expand_home, is_number
+from .._internal.kinds import Seed, Share, Text, check_kinds
 
 #: In the package a link to the checkout's conf/, which becomes a copy in a wheel. Where git makes
 #: plain files of links, the checkout's own.
@@ -38,55 +27,34 @@ VERSION = "1.3"
 #: a run's config, with its interpolations
 CONFIG = "config.yaml"
 
-#: Keys that no class takes, and ranges that libraries check late, or in messages without the key.
-#: The kinds of all other values are checked where their classes are called.
-RULES: dict[str, Rule] = {
-    "seed": SEED,
-    "cache_dir": PATH,
-    "start_from": PATH,
-    "resume": PATH,
-    "pictures": FLAG,
-    "accelerate": FLAG,
-    "compile": (
-        "true, false or options, as '{mode: max-autotune}'",
-        lambda value: isinstance(value, bool | DictConfig),
-    ),
-    "neuron_start.calibrate": ("between 0 and 1", lambda value: is_number(value) and 0 < value < 1),
-    "surrogate.alpha": POSITIVE,
-    "loss.label_smoothing": SHARE,
-    "metric.samples": integer(1),
-    "metric.seed": SEED,
-    "metric.autoencoder.seed": SEED,
-    "metric.autoencoder.epochs": integer(1),
-    "metric.autoencoder.batch_size": integer(1),
-    "dataset.root": PATH,
-    "dataset.test_root": PATH,
-    "dataset.erase": SHARE,
-    "dataset.mixup": NOT_NEGATIVE,
-    "dataset.seed": SEED,
-    "dataset.limit": integer(1),
-    "dataset.batch_size": integer(1),
-    "dataset.num_workers": integer(0),
-    # Beyond, a model may diverge and stay finite.
-    "optimizer.lr": (
-        "a number from 0 to 1000",
-        lambda value: is_number(value) and 0 <= value <= 1000,
-    ),
-    "task.scheduler": ("a class by its _target_", lambda value: isinstance(value, DictConfig)),
-    "trainer.max_epochs": integer(0),
-    "trainer.gradient_clip_val": NOT_NEGATIVE,
-    "trainer.accumulate_grad_batches": integer(1),
-    "trainer.check_val_every_n_epoch": integer(1),
-    "trainer.limit_test_batches": POSITIVE,
+#: keys of the config itself, which no class takes
+KINDS: dict[str, Any] = {
+    "seed": Seed,
+    "trust": str | list[str],
+    "cache_dir": Text,
+    "start_from": Text | None,
+    "resume": Text | None,
+    "pictures": bool,
+    "accelerate": bool,
+    "compile": bool | dict[str, Any],
 }
-#: keys of RULES that must not be null
-NEVER_NULL = {"seed", "pictures", "accelerate", "compile", "trainer.max_epochs"}
-#: key -> the override that sets it, the only task that takes it, a key that only its config has
-OF_ONE_TASK = {
-    "loss": ("loss=", "classification", "loss"),
-    "model.per_channel": ("neuron=alif_channel", "classification", "loss"),
-    "feature_loss": ("feature_loss=", "generation", "feature_loss"),
+#: what libraries would take in silence; all other values are checked where their classes are called
+KINDS_OF_GROUPS: dict[str, dict[str, Any]] = {
+    "neuron_start": {"calibrate": Annotated[float, Field(gt=0, lt=1)] | None},
+    "surrogate": {"alpha": PositiveFloat},
+    "loss": {"label_smoothing": Share},
+    "dataset": {"root": Text, "test_root": Text | None},  # none is the folder that one is in
+    "optimizer": {"lr": Annotated[float, Field(ge=0, le=1000)]},  # or weights may stay finite
+    "trainer": {
+        "max_epochs": NonNegativeInt,
+        "gradient_clip_val": NonNegativeFloat | None,
+        "accumulate_grad_batches": PositiveInt,
+        "check_val_every_n_epoch": PositiveInt | None,
+        "limit_test_batches": PositiveFloat | None,
+    },
 }
+#: options that one task alone takes, and the group that sets them
+OF_ONE_TASK = {"loss": "classification", "feature_loss": "generation"}
 
 
 def compose(config_name: str, overrides: Sequence[str] = (), **options: Any) -> DictConfig:
@@ -106,11 +74,19 @@ def keys_there(command: str, overrides: Sequence[str], key: str) -> str:
     if not isinstance(node := OmegaConf.select(cfg, place), DictConfig):
         place, node = "", cfg
     names = ", ".join(sorted(name for name in map(str, node) if name[0] != "_"))
-    values: Any = OmegaConf.to_container(cfg)
-    parts = {group: part for group, part in values.items() if isinstance(part, dict)}
-    alike = [f"{group}.{name}" for group, part in parts.items() for name in part if last in name]
+    parts: Any = {} if place else OmegaConf.to_container(cfg)
+    alike = [name for name in flatten(parts) if last in name]
     elsewhere = f"; elsewhere: {', '.join(alike)}" if alike else ""
     return f"there is no {key}; {place or 'the config'} has {names}{elsewhere}"
+
+
+def refuse_unknown(command: str, cfg: DictConfig) -> None:
+    """Raise a ``ValueError`` for a key that the command does not know: a misspelt ``+key``."""
+    groups = {path.name for path in Path(CONF).iterdir() if path.is_dir()}
+    known: Any = OmegaConf.load(Path(CONF, f"{command}.yaml")).keys() | groups
+    if unknown := cfg.keys() - known:
+        names = ", ".join(sorted(known - {"defaults", "hydra", "experiment"}))
+        raise ValueError(f"the config has no {', '.join(map(str, unknown))}; there are {names}")
 
 
 class SweepEnd(Callback):
@@ -137,31 +113,13 @@ def argument(key: str, value: Any) -> str:
     return shlex.quote(f"{key}={text}")
 
 
-def select_overrides(
-    overrides: Iterable[str], ignored: Collection[str] = (), data_class: str = ""
-) -> list[str]:
-    """The overrides that are choices: all but ``ignored`` overrides, keys and what is below these.
-
-    The folders of an ``ImageFolder``, or of a custom ``data_class``, say what the data are.
-    """
-    if data_class.endswith(".ImageFolder") or not is_below(data_class or "sj_taid", ["sj_taid"]):
-        ignored = {*ignored} - {"dataset.root", "dataset.test_root"}
-    return [
-        text
-        for text in overrides
-        if text.lstrip("+") not in ignored and not is_below(key_of(text), ignored)
-    ]
-
-
-def folder_name(
-    overrides: Sequence[str], ignored: Collection[str] = (), data_class: str = ""
-) -> str:
-    """The folder of a sweep's job, ``neuron-lif-seed-0`` for ``neuron=lif seed=0``.
+def folder_name(overrides: str) -> str:
+    """The folder of a sweep's job, ``neuron-lif-seed-0`` for ``neuron=lif,seed=0``.
 
     Letters, digits, ``.``, ``_`` and ``-`` alone, at most 120 of them. Where that leaves something
-    out, a hash tells the jobs apart. See :func:`select_overrides` for the arguments.
+    out, a hash tells the jobs apart.
     """
-    text = ",".join(sorted(select_overrides(overrides, ignored, data_class))) or "default"
+    text = overrides or "default"
     name = re.sub(r"[^A-Za-z0-9._]+", "-", text)
     plain = r"[\w.]+=[\w.]*\w"
     if len(name) <= 120 and re.fullmatch(rf"{plain}(,{plain})*", text, re.ASCII):
@@ -196,28 +154,22 @@ def validate(cfg: DictConfig) -> None:
     """Check what the classes of a config cannot: they check their own arguments.
 
     Raises:
-        ValueError: choices that do not fit together, a key that nothing reads, or a class that is
-            not trusted.
+        ValueError: choices that do not fit together, or a class that is not trusted.
     """
-    for key, rule in RULES.items():
-        if (value := OmegaConf.select(cfg, key)) is not None or key in NEVER_NULL:
-            check(rule, **{key: value})
-    groups = {path.name for path in Path(CONF).iterdir() if path.is_dir()} - {"experiment"}
-    keys = groups | {key for key in RULES if "." not in key} | {"checkpoint", "objective", "trust"}
-    refuse_unknown(cfg.keys(), keys)
+    values: Any = OmegaConf.to_container(cfg, resolve=True)
+    refuse_unknown("train", cfg)
+    check_kinds(KINDS, values)
+    for group, kinds in KINDS_OF_GROUPS.items():
+        check_kinds(kinds, values.get(group) or {}, f"{group}.")
     task, data = (find_class(cfg[part]._target_, cfg.trust) for part in ("task", "dataset"))
-    values: Any = OmegaConf.to_container(cfg.dataset, resolve=True)
-    check_kinds(data, values, "dataset.")  # before the model, which takes some of them too
     if not issubclass(data, task.takes):
         raise ValueError(
             f"{task.__name__} takes {task.takes.__name__}, but dataset={cfg.dataset.name} is "
             f"{data.__name__}; for recordings add task=classification"
         )
-    for key, (choice, name, own) in OF_ONE_TASK.items():
-        if OmegaConf.select(cfg, key) and own not in cfg.task:
-            raise ValueError(
-                f"{key}, which {choice} sets, is for task={name}; add that, or leave {choice} out"
-            )
+    for key, name in OF_ONE_TASK.items():
+        if cfg.get(key) and key not in cfg.task:
+            raise ValueError(f"{key}= is for task={name}; add that, or leave {key}= out")
     if cfg.get("decoder") and "loss" in cfg.task:
         raise ValueError(f"{task.__name__} makes no images, which decoder= is for; leave it out")
     metrics = "|".join(task.objectives)
@@ -225,12 +177,8 @@ def validate(cfg: DictConfig) -> None:
         raise ValueError(f"objective={cfg.objective} is none of {metrics}, also of validation_...")
     reserved = {"logger", "callbacks", "default_root_dir", "plugins", "enable_progress_bar"}
     if taken := reserved & cfg.trainer.keys():
-        raise ValueError(
-            f"trainer.{taken.pop()} is set by the run; choose logger=, callbacks=, hydra.run.dir= "
-            "or trainer.precision="
-        )
-    callbacks = (cfg.get("callbacks") or {}).values()
-    if any(c and "StochasticWeightAveraging" in str(c._target_) for c in callbacks):
+        raise ValueError(f"trainer.{taken.pop()} is set by the run; leave it out")
+    if "StochasticWeightAveraging" in str(values.get("callbacks")):
         raise ValueError(
             "StochasticWeightAveraging would measure other weights than the saved ones; take "
             "WeightAveraging or EMAWeightAveraging of lightning.pytorch.callbacks"
@@ -246,12 +194,15 @@ def merge(cfg: DictConfig, given: Mapping[str, Any]) -> None:
         OmegaConf.update(cfg, key, value, merge=False, force_add=True)
 
 
-def refuse_unknown(given: Set[Any], keys: Set[str]) -> None:
-    """Raise a ``ValueError`` for a key that is not in ``keys``, such as a misspelt ``+key``."""
-    if unknown := given - keys:
-        raise ValueError(
-            f"the config has no {', '.join(map(str, unknown))}; there are {', '.join(sorted(keys))}"
-        )
+def flatten(node: Any, key: str = "") -> dict[str, Any]:
+    """The leaves of nested dictionaries, by their dotted keys."""
+    if not isinstance(node, dict):
+        return {key: node}
+    return {
+        name: leaf
+        for child, value in node.items()
+        for name, leaf in flatten(value, f"{key}.{child}" if key else str(child)).items()
+    }
 
 
 # Hydra names a job's folder in the process that runs the job, which has imported little more than

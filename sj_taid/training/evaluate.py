@@ -9,7 +9,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, distributed
 
@@ -19,12 +18,12 @@ from ..monitoring import spikes_of
 from .callbacks import ProgressBar
 from .checkpoint import load_weights, read_checkpoint
 from .compare import COSTS
-from .config import merge
+from .config import flatten, merge
 from .evaluator import Evaluator
 from .messages import show_metrics
 from .parts import Parts, build_parts
 from .process import command_line, provenance, reuse_freed_memory, silence_notes
-from .run import Run, flatten
+from .run import Run
 from .task import Task
 
 log = logging.getLogger(__name__)
@@ -32,7 +31,7 @@ log = logging.getLogger(__name__)
 
 def main(cfg: DictConfig) -> None:
     """Measure the checkpoint of the job that Hydra composed."""
-    evaluate(cfg, **command_line("evaluate", HydraConfig.get()))
+    evaluate(cfg, **command_line("evaluate"))
 
 
 def evaluate(cfg: DictConfig, **origin: Any) -> dict[str, Any]:
@@ -71,10 +70,11 @@ def evaluate(cfg: DictConfig, **origin: Any) -> dict[str, Any]:
 def evaluated_config(cfg: DictConfig, run: Run) -> DictConfig:
     """The run's config with what is given over it, and without what training alone needs."""
     given, config = flatten(OmegaConf.to_container(cfg, resolve=True)), run.config
+    given.pop("checkpoint")
     OmegaConf.resolve(config.dataset)  # whose name may be its folder's
     merge(config, {k: value for k, value in given.items() if value is not None or k == "trust"})
     OmegaConf.resolve(config)
-    config.model = run.portable_model_config
+    config.model = run.model_config
     for group in ("optimizer", "callbacks", "logger"):
         config.pop(group, None)
     return config

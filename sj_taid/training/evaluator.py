@@ -10,15 +10,16 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import torch
+from pydantic import PositiveInt
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.wrappers import FeatureShare
 
 from .._internal.checks import expand_home
 from .._internal.context import seeded
-from .._internal.kinds import check_kinds
+from .._internal.kinds import Seed, check_kinds
 from ..data import ImageData
 from ..metric import (
     AutoencoderCodes,
@@ -63,17 +64,18 @@ class Evaluator:
         accelerator: Lightning's; all but ``"cpu"`` use a GPU where there is one.
     """
 
-    samples: int
+    samples: PositiveInt
     autoencoder: Mapping[str, Any]
     inception_weights: str | Path | Literal[False] | None = None
     published_autoencoders: str | Path | Literal[False] | None = None
     cache_dir: Path = Path("~/.cache/sj-taid")
-    seed: int = 0
+    seed: Seed = 0
     accelerator: str = "auto"
 
     def __post_init__(self) -> None:
         self.cache_dir = expand_home(self.cache_dir)  # a config gives a string
-        check_kinds(Evaluator._trained_autoencoder, self.autoencoder, "autoencoder.")
+        declared = get_type_hints(Evaluator._trained_autoencoder, include_extras=True)
+        check_kinds(declared, self.autoencoder, "autoencoder.")
 
     def fad_alone(self) -> Evaluator:
         """The same without the metrics for which validation images may be too few."""
@@ -197,10 +199,10 @@ class Evaluator:
         self,
         data: ImageData,
         hidden_channels: int | Sequence[int],
-        latent_channels: int,
-        epochs: int,
-        batch_size: int,
-        seed: int,
+        latent_channels: PositiveInt,
+        epochs: PositiveInt,
+        batch_size: PositiveInt,
+        seed: Seed,
     ) -> Autoencoder:
         widths = hidden_channels, latent_channels
         untrained = partial(Autoencoder, data.channels, data.image_size, *widths)

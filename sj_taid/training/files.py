@@ -39,7 +39,7 @@ def atomic_save(path: Path, content: Any) -> None:
         temporary.write_bytes(whole.getbuffer())
 
 
-class LogFile(logging.FileHandler):
+class _LogFile(logging.FileHandler):
     """Writes a log file; a link at its path is replaced by a file, not followed."""
 
     def _open(self) -> Any:

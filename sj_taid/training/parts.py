@@ -28,38 +28,34 @@ OF_A_RUN = (
 
 @dataclass(frozen=True)
 class Parts:
-    """What a config describes.
+    """What a config describes."""
 
-    Attributes:
-        model: untrained, in the form in which it is trained and measured.
-        data: not loaded yet.
-        task: of this model, with its optimizer if the config has one.
-        evaluator: of the samples; None without ``metric``.
-        callbacks: the config's own.
-        logger: takes ``save_dir``; None without ``logger``.
-        trainer: Lightning's, which takes what a run adds.
-        seed: the weights are drawn from it, and the global random state is left there.
-        pictures: whether a run ends with them.
-        start_from: a trained model to train further, or None.
-        calibrate: the firing rate that thresholds are calibrated to, or None.
-        compile: whether the model is compiled, or options of ``torch.compile``.
-        values: the whole config, without interpolations.
-        text: the whole config as YAML, with its interpolations.
-    """
-
+    #: untrained, in the form in which it is trained and measured
     model: nn.Module
+    #: not loaded yet
     data: Data
+    #: with its optimizer if the config has one
     task: Task
     evaluator: Evaluator | None
+    #: the config's own
     callbacks: list[L.Callback]
+    #: takes ``save_dir``
     logger: partial[Any] | None
+    #: Lightning's, which takes what a run adds
     trainer: partial[L.Trainer]
+    #: the weights are drawn from it, and the global random state is left there
     seed: int
+    #: whether a run ends with them
     pictures: bool
+    #: a trained model to train further
     start_from: str | None
+    #: the firing rate that thresholds are calibrated to
     calibrate: float | None
+    #: whether the model is compiled, or options of ``torch.compile``
     compile: bool | dict[str, Any]
+    #: the whole config, without interpolations
     values: dict[str, Any]
+    #: the whole config as YAML, with its interpolations
     text: str
 
     def load_data(self) -> Data:
@@ -73,7 +69,7 @@ def build_parts(cfg: DictConfig) -> Parts:
     """Check a config, and build what it describes.
 
     Groups that it lacks are left out; ``optimizer``, ``callbacks`` and ``logger`` are for training
-    alone. Where the data say how many classes there are, the config takes their number.
+    alone.
 
     Raises:
         ValueError: choices that do not fit together, a key that nothing reads, a class that is not
@@ -86,7 +82,7 @@ def build_parts(cfg: DictConfig) -> Parts:
     make = partial(build, trust=cfg.trust, keys=keys, trusted=OF_A_RUN)
 
     data = make(OmegaConf.to_container(cfg.dataset, resolve=True))
-    set_classes(cfg, data)
+    complete(cfg, data)
     values: Any = OmegaConf.to_container(cfg, resolve=True)
     names = ("metric", "callbacks", "logger", "trainer")
     others = {name: values.get(name) for name in names}
@@ -111,23 +107,24 @@ def build_parts(cfg: DictConfig) -> Parts:
     )
 
 
-def set_classes(cfg: DictConfig, data: Data) -> None:
-    """Let the data say how many classes there are, where nothing else does.
+def complete(cfg: DictConfig, data: Data) -> None:
+    """Put into a config what the data say: how many classes and loader processes there are.
 
     Raises:
         ValueError: a part has another number of classes than the data, or a classifier's data none.
     """
+    cfg.dataset.classes = data.classes
+    cfg.dataset.num_workers = data.num_workers  # the augmentation of each draws its own numbers
     parts = [part for part in ("model", "feature_loss") if "classes" in (cfg.get(part) or {})]
-    if parts and cfg.dataset.classes is None:
-        cfg.dataset.classes = data.classes
     for part in parts:
-        own, of_data = cfg[part].classes, cfg.dataset.classes
+        own = cfg[part].classes
         if own is None and "loss" in cfg.task:
             raise ValueError(
                 "a classifier needs classes, but the data have none; put the images of each class "
                 "into a folder of its own"
             )
-        if None not in (own, of_data) and own != of_data:
+        if data.classes not in (None, own):
             raise ValueError(
-                f"{part}.classes={own}, but dataset.classes is {of_data}; leave {part}.classes out"
+                f"{part}.classes={own}, but dataset.classes is {data.classes}; leave "
+                f"{part}.classes out"
             )

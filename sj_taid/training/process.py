@@ -5,19 +5,18 @@ import logging
 import os
 import platform
 import shlex
-import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
 import torch
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from .. import __version__
 from ..doctor import commit, cpu_name
-from .config import key_of, select_overrides
+from .config import key_of
 
 
 def reuse_freed_memory() -> None:
@@ -48,35 +47,20 @@ def silence_notes() -> None:
         warnings.filterwarnings("ignore", note)
 
 
-@contextmanager
-def ending_wandb_run() -> Iterator[None]:
-    """End a run of W&B that begins within, or Lightning continues it in the next run."""
-    before = getattr(sys.modules.get("wandb"), "run", None)
-    try:
-        yield
-    finally:
-        wandb = sys.modules.get("wandb")
-        if wandb and wandb.run is not before:
-            wandb.finish()
+def given_overrides() -> dict[str, str]:
+    """The overrides of Hydra's job as they were given, interpolations unresolved, by their keys."""
+    overrides: Any = OmegaConf.to_container(HydraConfig.get().overrides.task)
+    return {key_of(override): override for override in overrides}
 
 
-def given_overrides(job: Any) -> list[str]:
-    """The overrides of Hydra's job as they were given, interpolations unresolved."""
-    overrides: Any = OmegaConf.to_container(job.overrides.task)
-    return overrides
-
-
-def command_line(
-    command: str, job: Any, data_class: str = "", earlier: Sequence[str] = ()
-) -> dict[str, Any]:
+def command_line(command: str, earlier: Sequence[str] = ()) -> dict[str, Any]:
     """The overrides and the command of Hydra's job, without paths that are no choices.
 
     The job's overrides are added to ``earlier`` ones, or replace them.
     """
-    ignored = job.job.config.override_dirname.exclude_keys
-    overrides = select_overrides(given_overrides(job), ignored, data_class)
-    replaced = {key_of(override) for override in overrides}
-    overrides = [*(one for one in earlier if key_of(one) not in replaced), *overrides]
+    ignored = HydraConfig.get().job.config.override_dirname.exclude_keys
+    given = {key_of(override): override for override in earlier} | given_overrides()
+    overrides = [override for key, override in given.items() if key not in ignored]
     return {"overrides": overrides, "command": shlex.join(["sj-taid", command, *overrides])}
 
 

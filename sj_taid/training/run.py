@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Collection, Iterator
+import os
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,8 @@ from torch import nn
 
 from .._internal.build import build, is_below
 from .._internal.checks import expand_home
-from ..ops import backends
 from ..pretrained import prepare
-from .config import CONFIG
+from .config import CONFIG, flatten
 from .files import atomic_write
 
 ORIGIN = "origin.json"
@@ -32,17 +32,15 @@ ELSEWHERE = (
     "start a new run, without resume=, in another folder: hydra.run.dir=... (for a sweep "
     "hydra.sweep.dir=...)"
 )
-#: how long a run trains: a finished run with more of it resumes
-LENGTH = ("trainer.max_epochs", "trainer.max_steps", "trainer.max_time")
 #: what may change when a run resumes, with all keys below
 RESUME_MAY_CHANGE = (
-    *LENGTH,
+    "trainer.max_epochs",
+    "trainer.max_steps",
+    "trainer.max_time",
     "trainer.accelerator",
     "trainer.devices",
     "trainer.num_nodes",
     "trainer.strategy",
-    "trainer.enable_model_summary",
-    "trainer.log_every_n_steps",
     "callbacks",
     "logger",
     "pictures",
@@ -81,9 +79,8 @@ class Run:
         run = cls(path) if path.is_dir() else cls(path.parent.parent, path)
         if not run.checkpoint.is_file() or not (run.folder / CONFIG).is_file():
             raise FileNotFoundError(
-                f"no checkpoint of a run at {path}; expected a run's folder, or in its "
-                f"{CHECKPOINTS}/ last.ckpt, which is there after the first epoch, or best.ckpt, "
-                "where a validation set chooses an epoch"
+                f"no checkpoint of a run at {path}; give the folder of a run that has trained for "
+                f"an epoch, or last.ckpt or best.ckpt in its {CHECKPOINTS}"
             )
         return run
 
@@ -110,11 +107,9 @@ class Run:
             yield
         finally:
             if {path.name for path in self.folder.iterdir()} <= {LOCK}:
-                with suppress(OSError):  # the next folder holds others
+                with suppress(OSError, ValueError):  # a folder that holds others, or is elsewhere
                     (self.folder / LOCK).unlink(missing_ok=True)
-                    for folder in (self.folder.absolute(), *self.folder.absolute().parents):
-                        if Path.cwd() in folder.parents:
-                            folder.rmdir()
+                    os.removedirs(self.folder.absolute().relative_to(Path.cwd()))
             lock.release()
 
     @property
@@ -125,14 +120,12 @@ class Run:
 
     @property
     def model_config(self) -> dict[str, Any]:
-        """The model's class and arguments."""
-        config: Any = OmegaConf.to_container(self.config.model, resolve=True)
-        return config
-
-    @property
-    def portable_model_config(self) -> dict[str, Any]:
-        """The same without backends that do not work here."""
-        return remove_backends(self.model_config, backends.works)
+        """The model's class and arguments, but for the backend of its neurons: each machine has
+        its own."""
+        config: Any = self.config
+        if config.get("neuron"):
+            config.neuron.pop("backend", None)
+        return OmegaConf.to_container(config.model, resolve=True)  # type: ignore[return-value]
 
     @property
     def origin(self) -> dict[str, Any]:
@@ -148,42 +141,36 @@ class Run:
         with atomic_write(self.folder / CONFIG) as path:
             path.write_text(config, encoding="utf-8")
 
-    def differences(self, values: dict[str, Any]) -> dict[str, str]:
-        """The keys in which these values and the run's config differ, each with both."""
-        saved, given = flatten(OmegaConf.to_container(self.config, resolve=True)), flatten(values)
-        return {
-            key: f"{saved.get(key)}, now {given.get(key)}"
-            for key in sorted(saved.keys() | given.keys())
-            if saved.get(key) != given.get(key)
-        }
-
     def resume(self, values: dict[str, Any]) -> Path | None:
         """The checkpoint that a training of these values resumes from; None if nothing is saved."""
         if not (self.checkpoint.is_file() or self.is_finished):
             return None
-        found = self.differences(values).items()
-        if wrong := [f"{k} ({both})" for k, both in found if not is_below(k, RESUME_MAY_CHANGE)]:
+        saved, given = flatten(OmegaConf.to_container(self.config, resolve=True)), flatten(values)
+        wrong = [
+            f"{key} ({saved.get(key)}, now {given.get(key)})"
+            for key in sorted(saved.keys() | given.keys())
+            if saved.get(key) != given.get(key) and not is_below(key, RESUME_MAY_CHANGE)
+        ]
+        if wrong:
             raise ValueError(
                 f"{self.folder} holds a run with other settings: {'; '.join(wrong)}; resume it "
                 f"with its own, or {ELSEWHERE}"
             )
-        if self.checkpoint.is_file():
-            return self.checkpoint
-        if not self.is_complete(values):
+        if not self.checkpoint.is_file() and not self.is_complete(values):
             raise FileNotFoundError(
                 f"the run in {self.folder} is finished and its checkpoint is gone, so it cannot "
                 f"train longer; {ELSEWHERE}"
             )
-        return None
+        return self.checkpoint if self.checkpoint.is_file() else None
 
     def is_complete(self, values: dict[str, Any]) -> bool:
-        """Whether the run is finished, and these values do not ask for more epochs or steps."""
+        """Whether the run is finished, and these values do not ask for a longer one."""
         if not self.is_finished:
             return False
-        changed = {key for key in self.differences(values) if is_below(key, LENGTH)}
-        if values["trainer"]["max_epochs"] < self.config.trainer.max_epochs:
-            changed.discard("trainer.max_epochs")
-        return not changed
+        saved, given = self.config.trainer, values["trainer"]
+        others = ("max_steps", "max_time")
+        same = all(given.get(key) == saved.get(key) for key in others)
+        return same and given["max_epochs"] <= saved.max_epochs
 
     @property
     def is_finished(self) -> bool:
@@ -237,7 +224,7 @@ class Run:
         from .checkpoint import load_weights, read_checkpoint  # and Lightning with it
 
         # What the run says of itself is no reason to trust it.
-        model = prepare(build(self.portable_model_config, trust), self.config.accelerate)
+        model = prepare(build(self.model_config, trust), self.config.accelerate)
         load_weights(model, read_checkpoint(self.checkpoint), self.checkpoint)
         return model.eval()
 
@@ -254,17 +241,6 @@ def load_model(run_or_checkpoint: str | Path, trust: Collection[str] = ()) -> nn
         ValueError: no whole checkpoint of this model, or a class that is not trusted.
     """
     return Run.find(run_or_checkpoint).model(trust)
-
-
-def remove_backends(config: Any, keeps: Callable[[str], bool] = lambda name: False) -> Any:
-    """Leave the neurons' backend to the machine that loads the model, unless it ``keeps`` it."""
-    if isinstance(config, list):
-        return [remove_backends(part, keeps) for part in config]
-    if not isinstance(config, dict):
-        return config
-    if is_below(str(config.get("_target_")), ["sj_taid", "spikingjelly"]):
-        config = {k: v for k, v in config.items() if k != "backend" or keeps(v)}
-    return {key: remove_backends(value, keeps) for key, value in config.items()}
 
 
 def is_first_process() -> bool:
@@ -284,14 +260,3 @@ def _write_json(content: dict[str, Any], path: Path) -> None:
     with atomic_write(path) as temporary:
         text = json.dumps(content, indent=2, allow_nan=False)
         temporary.write_text(text + "\n", encoding="utf-8")
-
-
-def flatten(node: Any, key: str = "") -> dict[str, Any]:
-    """The leaves of nested dictionaries, by their dotted keys."""
-    if not isinstance(node, dict):
-        return {key: node}
-    return {
-        name: leaf
-        for child, value in node.items()
-        for name, leaf in flatten(value, f"{key}.{child}" if key else str(child)).items()
-    }

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig
+from pydantic import PositiveInt
 
-from .._internal.checks import check, check_sizes
+from .._internal.kinds import Seed, check_kinds
 from .callbacks import show_progress
-from .config import CONF, RULES, refuse_unknown
+from .config import refuse_unknown
 from .evaluator import SAMPLES_AT_ONCE
 from .plot import draw_classes, draw_grid
 from .run import Run
@@ -23,10 +24,8 @@ log = logging.getLogger(__name__)
 
 def main(cfg: DictConfig) -> None:
     """Draw ``cfg.n`` samples of the model in ``cfg.checkpoint``, or rows of its classes."""
-    keys: Any = OmegaConf.load(Path(CONF) / "sample.yaml").keys()
-    refuse_unknown(cfg.keys(), keys - {"defaults", "hydra"})
-    check_sizes(n=cfg.n, columns=cfg.columns)
-    check(RULES["seed"], seed=cfg.seed)
+    refuse_unknown("sample", cfg)
+    check_kinds({"n": PositiveInt, "columns": PositiveInt, "seed": Seed}, cfg)
     if cfg.output and Path(cfg.output).suffix != ".png":  # or it may replace a file
         raise ValueError(f"output must name a picture, such as a.png, but it is {cfg.output}")
     run = Run.find(cfg.checkpoint)

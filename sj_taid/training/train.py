@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ from typing import Any
 import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from lightning.pytorch.callbacks import LambdaCallback, ProgressBar
 from omegaconf import DictConfig, OmegaConf
 
@@ -18,13 +18,12 @@ from ..calibration import calibrate
 from ..pretrained import start_from
 from .callbacks import History, RandomNumbers, Stopwatch
 from .checkpoint import AtomicCheckpointIO, checkpoint_callbacks, read_checkpoint
-from .config import key_of, merge
+from .config import merge, run_folder
 from .evaluate import measure_run
 from .messages import closing_lines, explain_resuming, show_metrics
 from .parts import Parts, build_parts
 from .process import (
     command_line,
-    ending_wandb_run,
     given_overrides,
     provenance,
     reuse_freed_memory,
@@ -38,21 +37,21 @@ log = logging.getLogger(__name__)
 def main(cfg: DictConfig) -> float | None:
     """Train the job that Hydra composed, unless it is finished; returns the objective's value."""
     job = HydraConfig.get()
-    run = Run(job.runtime.output_dir)
+    run = Run(run_folder(cfg.resume, job.runtime.output_dir))
     choices = {k: v for k, v in job.runtime.choices.items() if not k.startswith("hydra/")}
     earlier: Sequence[str] = ()
+    if wandb := sys.modules.get("wandb"):
+        wandb.finish()  # or Lightning would continue an earlier job's run
     with run.lock(), explain_resuming(run):
         if cfg.resume:
             cfg = resumed_config(cfg, run)
             choices, earlier = run.origin["choices"], run.origin["overrides"]
-        origin = command_line("train", job, cfg.dataset._target_, earlier)
-        metrics = train(cfg, run.folder, choices=choices, **origin)
+        metrics = train(cfg, run.folder, choices=choices, **command_line("train", earlier))
     if is_first_process():
         log.info("%s", closing_lines(run))
     return metrics.get(cfg.objective)
 
 
-@ending_wandb_run()
 def train(cfg: DictConfig, folder: str | Path, **origin: Any) -> dict[str, Any]:
     """Train, test, measure and draw what the task asks for; everything is left in ``folder``.
 
@@ -116,21 +115,16 @@ def train(cfg: DictConfig, folder: str | Path, **origin: Any) -> dict[str, Any]:
 
 def resumed_config(cfg: DictConfig, run: Run) -> DictConfig:
     """The config of the run that is resumed, with the single values of the command line over it."""
-    job = HydraConfig.get()
-    if job.mode == RunMode.MULTIRUN:
-        raise ValueError(
-            "resume= is for one run, without -m; a sweep resumes when its command is repeated"
-        )
-    keys = [key_of(override) for override in given_overrides(job)]
+    keys, groups = given_overrides().keys() - {"resume"}, {*HydraConfig.get().runtime.choices}
     # What a group sets elsewhere would be lost.
-    if groups := sorted({*keys} & {*job.runtime.choices} - {"callbacks", "logger", "trainer"}):
+    if groups := keys & groups - {"callbacks", "logger", "trainer"}:
         raise ValueError(
-            f"resume= takes single values, not {groups[0]}=, which chooses many; leave it "
+            f"resume= takes single values, not {min(groups)}=, which chooses many; leave it "
             "out, or start a new run"
         )
-    given = {key: OmegaConf.select(cfg, key) for key in keys if key != "resume"}
     config = run.config
-    merge(config, given | {"trust": cfg.trust})  # what the run says of itself is no reason
+    # What the run says of itself is no reason to trust it.
+    merge(config, {key: OmegaConf.select(cfg, key) for key in keys} | {"trust": cfg.trust})
     return config
 
 

@@ -1,6 +1,7 @@
 """The command line: arguments reach Hydra, and a user's errors are a few lines."""
 
 import json
+import logging
 import re
 import shlex
 import signal
@@ -61,16 +62,18 @@ def test_error_of_a_worker_is_its_message_alone():
         ("sample lable=3 checkpoint=x", "^there is no lable; the config has .* label,"),
         ("train trainer=gpu", "^no GPU is found: leave trainer=gpu out; .sj-taid doctor"),
         ("train +nueron=lif", "the config has no nueron; there are .* neuron,"),
-        ("train +model.x=1", "ESVAE cannot be built: .*unexpected keyword argument 'x'"),
+        ("train +model.x=1", "^model: .*unexpected keyword argument 'x'"),
+        (
+            "train trainer.max_epoch=3",
+            "^there is no trainer.max_epoch; trainer has [^;]*max_epochs",
+        ),
         ("train neuron=alef", r"Could not find 'neuron/alef'(?s:.*)alif"),
-        ("train seed=null", "seed must be an integer >= 0, below 2.32, but it is None"),
+        ("train seed=null", "^seed: input should be a valid integer, but it is None"),
         ("train dataset=mnist hydra.run.dir=run", "no MNIST at dataset.root=data/mnist"),
         ("train hydra.run.dir=größe", r"LexerNoViableAltException: .*größe\n *\^"),
         ("train resume=nowhere", r"^resume= needs the folder of a run.*but got .*nowhere\n\(HYDRA"),
-        ("train resume=nowhere hydra.run.dir=run", "in the run's own folder; leave hydra.run.dir="),
-        ("train -m resume=nowhere seed=0,1", "resume= is for one run, without -m; a sweep"),
-        ("train trust=mypkg.MyLIF", r"trust must be a list of full .* it is 'mypkg\.MyLIF'"),
-        ("train trust=[1]", r"trust must be a list of full names, .*, but it is \[1\]"),
+        ("train resume=nowhere hydra.run.dir=run", "resume= needs the folder of a run"),
+        ("train trust=[1]", r"^trust: input should be a valid string, but it is \[1\]"),
         ("train model.T=0", r"T must be an integer >= 1, but it is 0"),
         ("train trainer.accelerator=tpuu", "Available names are"),
         ("train -m seed=0 neuron._target_=os.system", r"'os\.system': no public class"),
@@ -82,10 +85,8 @@ def test_error_of_a_worker_is_its_message_alone():
         ("train seed=${nope}", "'nope' not found(?s:.*)full_key: seed"),
         ("sample checkpoint=file +lable=3", "the config has no lable; there are .* label,"),
         ("sample checkpoint=nowhere output=run.json", "output must name a picture"),
-        ("sample checkpoint=nowhere seed=a", "^seed must be an integer >= 0"),
-        ("sample checkpoint=nowhere seed=-1", "^seed must be an integer >= 0"),
-        ("sample checkpoint=nowhere seed=null", "^seed must be an integer >= 0"),
-        ("compare . nowhere", "no folder nowhere"),
+        ("sample checkpoint=nowhere seed=-1", "^seed: input should be greater than or equal to 0"),
+        ("compare . nowhere", "^no folder nowhere$"),
     ],
 )
 def test_cli_reports_a_users_error_without_a_traceback(
@@ -134,37 +135,28 @@ def test_cli_shows_the_traceback_where_hydra_would(sj_taid, monkeypatch):
 
 
 def test_folder_name_tells_any_overrides_apart():
-    assert config.folder_name(["seed=0", "neuron=lif"]) == "neuron-lif-seed-0"
+    assert config.folder_name("neuron=lif,seed=0") == "neuron-lif-seed-0"
     many = [
         *("", "a=1", "a=b,c=d", "a=b-c=d", "a=b,c.d=1", "a=b,c=d.1", "a=1.", "a=1,", "+a=1"),
         *("model.stages=[[4],[6]]", "model.stages=[[4,6]]", "lr=1e-3", "lr=1e+3", "x='a b:c'"),
         *("x=" + "y" * length for length in (118, 119, 300)),
         *("x=" + "y" * 300 + f",seed={seed}" for seed in range(2)),
     ]
-    names = [config.folder_name(overrides.split(", ")) for overrides in many]
+    names = [*map(config.folder_name, many)]
     assert len(set(names)) == len(names)
     for name in names:
         assert re.fullmatch(r"[A-Za-z0-9._][A-Za-z0-9._-]{0,118}[A-Za-z0-9_]", name), name
 
 
-def test_folder_name_leaves_out_paths_and_looks():
-    hydra = {"return_hydra_config": True}
-    job = config.compose("train", **hydra).hydra.job
-    ignored = job.config.override_dirname.exclude_keys
-    looks = ["callbacks=quiet", "callbacks.progress_bar.x=5", "~logger", "+cache_dir=/x", "seed=1"]
-    assert config.folder_name(looks, ignored) == "seed-1"
-    jobs = [
-        config.compose("train", ["dataset=image_folder", f"dataset.root={name}/train"], **hydra)
-        for name in ("cats", "dogs")
-    ]
-    assert len({job.hydra.sweep.subdir for job in jobs}) == 2
-    roots = ["dataset.root=/x", "dataset=mine"]
-    assert "root-x" in config.folder_name(roots, ignored, "mypkg.Photographs")
-    assert config.folder_name(roots, ignored, "sj_taid.data.MNIST") == "dataset-mine"
+def test_jobs_have_folders_of_their_own():
+    def folder(*overrides):
+        return config.compose("train", overrides, return_hydra_config=True).hydra.sweep.subdir
+
+    assert folder("seed=1", "~logger", "cache_dir=/x", "pictures=false") == "seed-1"
+    images = "dataset=image_folder"
+    assert folder(images, "dataset.root=cats") != folder(images, "dataset.root=dogs")
     # Other callbacks may change what is trained.
-    averaged = ["+callbacks.ema.decay=0.9", "callbacks=mine"]
-    names = {config.folder_name([one], ignored) for one in averaged}
-    assert len(names) == 2 and "" not in names
+    assert folder("callbacks=quiet") == "callbacks-quiet"
 
 
 class CtrlC(L.Callback):
@@ -194,7 +186,8 @@ def test_interrupted_runs_resume_with_their_custom_configs(train, sj_taid, tmp_p
         sj_taid("train", f"resume={folder}", "+callbacks.ctrl_c.epoch=1", trust)
     with pytest.raises(KeyboardInterrupt, match="Stopped"):
         sj_taid("train", f"resume={folder}", trust)  # its config is the last one
-    sj_taid("train", f"resume={folder}", "callbacks=quiet")
+    quiet = [f"hydra.run.dir={tmp_path / 'other'}", "callbacks=quiet"]
+    sj_taid("train", f"resume={folder}", *quiet)  # in its own folder all the same
     metrics = run.Run(folder).metrics
     assert metrics["epochs"] == 2 and metrics["choices"]["callbacks"] == "mine"
 
@@ -220,7 +213,8 @@ def test_resume_takes_choices_as_the_start_does(train, sj_taid, tmp_path):
     there = run.Run(folder)
     assert (there.config.logger.name, there.config.trainer.max_steps) == ("csv", 5)
     words = there.metrics["command"].split()
-    assert words[-1] == "trainer.max_epochs=2" and "+trainer.max_steps=5" in words
+    assert "trainer.max_epochs=2" in words and "+trainer.max_steps=5" in words
+    assert "trainer.max_epochs=1" not in words
     assert (folder / "csv").is_dir() and (folder / "reconstructions.png").is_file()
 
 
@@ -239,8 +233,10 @@ def test_run_without_a_terminal_speaks(train, caplog):
     assert "Epoch" not in caplog.text
 
 
-def test_train_without_epochs_and_progress_bar(train, tmp_path, caplog):
+def test_train_without_epochs_and_progress_bar(train, tmp_path, caplog, monkeypatch):
     caplog.set_level("INFO")
+    # It is not where Lightning was imported before logging was set up.
+    monkeypatch.setattr(logging.getLogger("lightning.pytorch"), "propagate", True)
     options = ["callbacks=quiet", "seed=3", "pictures=true", "+trainer.profiler=simple"]
     train("trainer.max_epochs=0", *options)
     assert f"Metrics: {tmp_path / 'run' / run.METRICS}" in caplog.messages[-1]

@@ -15,7 +15,7 @@ from sj_taid.training import Run, files, load_model
 from sj_taid.training import run as runs
 from sj_taid.training.checkpoint import read_checkpoint
 from sj_taid.training.config import compose
-from sj_taid.training.files import LogFile, atomic_write
+from sj_taid.training.files import _LogFile, atomic_write
 from sj_taid.training.parts import build_parts
 from sj_taid.training.train import train
 from tests.training.conftest import TINY_CLASSIFICATION
@@ -100,24 +100,10 @@ def test_train_refuses_classes_that_could_not_be_loaded(tiny, tmp_path):
     assert any(isinstance(module, MyLIF) for module in load_model(tmp_path, [name]).modules())
 
 
-PARTS = (
-    "model",
-    "dataset",
-    "task",
-    "task.scheduler",
-    "optimizer",
-    "trainer",
-    "logger",
-    "callbacks.x",
-)
-
-
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", ["model", "dataset", "task.scheduler", "logger", "callbacks.x"])
 def test_build_parts_calls_no_class_that_is_not_trusted(tiny, tmp_path, part):
-    evil = f"++{part}._target_=pathlib.Path.touch"
-    if part == "task.scheduler":
-        evil = "task.scheduler={_target_: pathlib.Path.touch}"
-    cfg = tiny(*TINY_CLASSIFICATION, evil, f"++{part}.self={tmp_path / 'touched'}", tiny=False)
+    evil = f"++{part}={{_target_: pathlib.Path.touch, self: {tmp_path / 'touched'}}}"
+    cfg = tiny(*TINY_CLASSIFICATION, evil, tiny=False)
     with pytest.raises(ValueError, match=r"names 'pathlib\.Path\.touch'.*add trust="):
         build_parts(cfg)
     assert not list(tmp_path.iterdir())
@@ -150,8 +136,6 @@ def test_load_model_and_resume_where_the_backend_is_not(trained, tiny):
     path.write_text(path.read_text().replace("backend: auto", "backend: triton"))
     assert any(getattr(m, "backend", "") == "auto" for m in load_model(folder).modules())
     assert Run(folder).resume(plain(tiny(*TINY_CLASSIFICATION, tiny=False)))
-    custom = {"_target_": "mypkg.Net", "backend": "resnet18"}
-    assert runs.remove_backends({"model": [custom]}) == {"model": [custom]}
 
 
 def is_accelerated(model):
@@ -198,7 +182,8 @@ TRUSTED = [
     "torch.optim.lr_scheduler.CosineAnnealingLR",
 ]
 OTHERS = [
-    "sj_taid.data.base.Path",  # imported there
+    "sj_taid.training.run.Path",  # imported there
+    "sj_taid.training.files._LogFile",  # empties a file
     *("sj_taid.data.base.torch.load", "sj_taid.data._Secret", "sj_taid.database.Data"),
     *("os.system", "sj_taid.swap_neurons", "torch.optim.lr_scheduler.Counter", "", 3),
 ]
@@ -216,7 +201,7 @@ def test_build_resolves_nothing(tmp_path):
     path = f"{{_target_: pathlib.Path, _args_: [{tmp_path}/hacked]}}"
     evil = f'\\${{oc.create:"{{_target_: pathlib.Path.touch, self: {path}}}"}}'
     cfg = OmegaConf.create({"decoder": {"_target_": "sj_taid.TAID", "T": evil}})
-    with pytest.raises(ValueError, match=r"T: .* '\$\{oc\.create"):
+    with pytest.raises(ValueError, match=r"T must be .* '\$\{oc\.create"):
         build(plain(cfg.decoder), ())
     assert not (tmp_path / "hacked").exists()
 
@@ -240,7 +225,7 @@ def test_no_write_follows_a_link(tmp_path, monkeypatch):
         link.symlink_to(precious)
     folder.save_metrics({"fad": 1.0})
     folder.begin("", {})
-    LogFile(folder.folder / "train.log").emit(logging.makeLogRecord({"msg": "a line"}))
+    _LogFile(folder.folder / "train.log").emit(logging.makeLogRecord({"msg": "a line"}))
     assert (folder.folder / "train.log").read_text() == "a line\n"
     with pytest.raises(OSError, match="symbolic links"), folder.lock():
         pytest.fail("a lock through a link")

@@ -1,12 +1,11 @@
 """Sweeps: a folder for each job, none overwritten, and a killed sweep resumes."""
 
-import json
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
+from pathlib import Path
 
 import filelock
 import lightning as L
@@ -30,15 +29,14 @@ JOB = [*TINY_CLASSIFICATION, "trainer.max_epochs=12", "dataset.augment=affine", 
 
 
 class Wait(L.Callback):
-    """Lets no job end before its sweep is killed."""
+    """Lets no job end before its sweep is killed, and a file tells so."""
+
+    def __init__(self, until):
+        self.until = Path(until)
 
     def on_train_epoch_start(self, trainer, module):
-        if trainer.current_epoch == 2:
-            threading.Event().wait()
-
-
-#: in place of the progress bar, since that is no choice, and so the run stays the same one
-WAIT = [f"++callbacks.progress_bar._target_={__name__}.Wait", f"trust=[{__name__}.Wait]"]
+        while trainer.current_epoch == 2 and not self.until.exists():
+            time.sleep(0.02)
 
 
 @pytest.fixture(scope="module")
@@ -71,12 +69,13 @@ def test_killed_sweep_resumes_and_ends_as_an_uninterrupted_one(
     uninterrupted, tmp_path, first, then
 ):
     """By the same launcher, or by another."""
+    wait = f"++callbacks.progress_bar={{_target_: {__name__}.Wait, until: {tmp_path / 'killed'}}}"
     sweep, resumed = (
-        ["train", "-m", *SWEEP, *JOB, "callbacks=quiet", f"hydra.sweep.dir={tmp_path}",
-         f"hydra/launcher={name}", *more]
+        ["train", "-m", *SWEEP, *JOB, "callbacks=quiet", wait, f"trust=[{__name__}.Wait]",
+         f"hydra.sweep.dir={tmp_path}", f"hydra/launcher={name}", *more]
         for name, *more in (first, then)
     )  # fmt: skip
-    process = start(tmp_path, *sweep, *WAIT)
+    process = start(tmp_path, *sweep)
     while process.is_alive() and not list(tmp_path.glob(f"*/{run.CHECKPOINTS}/last.ckpt")):
         time.sleep(0.02)
     assert process.is_alive(), (tmp_path / "stderr").read_text()
@@ -84,16 +83,18 @@ def test_killed_sweep_resumes_and_ends_as_an_uninterrupted_one(
     process.join()
     for lock in tmp_path.glob(f"*/{run.LOCK}"):  # a cluster's processes outlive the launcher
         filelock.FileLock(lock).acquire(timeout=300).lock.release()
-    assert len(find(tmp_path)) < 2
+    assert not list(tmp_path.glob(f"*/{run.METRICS}"))
 
+    (tmp_path / "killed").touch()
     assert exit_code(tmp_path, *resumed) == 0, (tmp_path / "stderr").read_text()
-    folders = {path.parent: json.loads(path.read_text()) for path in find(tmp_path)}
-    assert len(folders) == 2
-    for folder, metrics in folders.items():
+    folders = [path.parent for path in tmp_path.glob(f"*/{run.CONFIG}")]
+    assert len(folders) == 2  # both sweeps' alike
+    for folder in folders:
+        metrics = run.Run(folder).metrics
         alone, expected = uninterrupted[metrics["choices"]["neuron"]]
         assert metrics["loss"] == alone["loss"] and metrics["epochs"] == 12
         assert f"neuron={metrics['choices']['neuron']}" in metrics["command"]
-        assert str(tmp_path) not in metrics["command"]
+        assert "hydra" not in metrics["command"]
         assert_same_weights(folder, expected)
 
 
@@ -115,10 +116,6 @@ def test_workers_end_with_their_parent():
         assert process.stdout.readline() == b"1\n"
         process.kill()
         process.communicate(timeout=300)  # to the end of the output, which a worker holds open
-
-
-def find(folder):
-    return sorted(folder.glob(f"*/{run.METRICS}"))
 
 
 def test_random_numbers_restores_this_devices_state(monkeypatch):
