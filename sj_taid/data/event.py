@@ -31,13 +31,13 @@ class EventData(Data):
     SpikingJelly cuts each recording into T pieces with the same number of events, on the first run.
 
     Args:
-        root: the folder that holds ``download`` with the archives, ``extract`` with what is in
-            them, or SpikingJelly's ``events_np``; the last two with all recordings or some.
+        root: the folder that holds ``download`` with the archives, or SpikingJelly's
+            ``events_np`` with all recordings or some.
         T: number of frames.
         download: fetch missing archives, where SpikingJelly can; it replaces damaged ones.
 
     Raises:
-        FileNotFoundError: none of these in ``root``, or an archive that is not whole.
+        FileNotFoundError: neither in ``root``, or an archive that is not whole.
         OSError: recordings or frames that cannot be read.
     """
 
@@ -59,7 +59,7 @@ class EventData(Data):
     def prepare_data(self) -> None:
         if self.frames.is_dir():
             return
-        if not any((self.root / name).is_dir() for name in ("events_np", "extract")):
+        if not (self.root / "events_np").is_dir():
             self._check_archives()
         with FileLock(self.root / LOCK):
             if not self.frames.is_dir():
@@ -88,18 +88,14 @@ class EventData(Data):
     def _make_frames(self) -> None:
         """Make the frames in a temporary folder, which is renamed when it is complete."""
         log.info("Making %s once, which takes minutes", self.frames)
-        source, extracted = load_source(self.source), self.root / "extract"
         with TemporaryDirectory(dir=self.root) as temporary:
             events, frames = Path(temporary, "events_np"), Path(temporary, self.frames.name)
             for name in ("download", "events_np"):
                 if (self.root / name).is_dir():
                     Path(temporary, name).symlink_to((self.root / name).absolute())
             try:
-                if not events.is_dir() and extracted.is_dir():
-                    events.mkdir()
-                    source.create_raw_from_extracted(extracted, events)
                 options = {"data_type": "frame", "frames_number": self.T, "split_by": "number"}
-                source(temporary, **self.part, **options)
+                load_source(self.source)(temporary, **self.part, **options)
             except Exception as error:  # of the network, the disk, or whatever SpikingJelly meets
                 raise OSError(
                     f"cannot make frames of {self.name} in {self.root}: {error!r}"

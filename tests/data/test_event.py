@@ -56,15 +56,6 @@ def test_nmnist(nmnist, caplog):
     assert first(module.train_dataloader())[0].shape == (2, 3, 2, 17, 17)
 
 
-def test_nmnist_takes_a_part_that_is_unpacked(nmnist):
-    for archive in (nmnist / "download").glob("*.zip"):
-        zipfile.ZipFile(archive).extractall(nmnist / "extract")
-        archive.unlink()
-    module = ready(data.NMNIST, nmnist, **EVENTS)
-    assert sorted(module.train_set.labels) == [0, 7] and module.test_set.labels == [3]
-    assert (nmnist / "extract" / "Train" / "0" / "00001.bin").is_file()
-
-
 def test_train_starts_calibrated_on_the_time_steps_of_recordings(nmnist, caplog):
     caplog.set_level("INFO", "sj_taid")
     tiny = [o for o in TINY_CLASSIFICATION if not o.startswith("model.T=")]

@@ -210,16 +210,6 @@ def test_held_out_images_are_not_trained_on_unless_a_class_has_no_others(monkeyp
     assert held_out[0] == held_out[1] and len(losses) == 1  # the same noise
 
 
-def test_few_rates_of_many_classes():
-    labels = torch.arange(5).repeat(5)
-    centers = torch.rand(5, 16).round()
-    prior = FlowPrior(16, levels=8)
-    prior.fit((centers[labels] + 0.1 * torch.randn(25, 16)).clamp(0, 1), labels, epochs=48)
-    asked = labels.repeat(20)
-    nearest = torch.cdist(prior(500, asked), centers).argmin(1)
-    assert (nearest == asked).float().mean() > 0.7
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_in_inference_mode(dtype):
     rates = torch.rand(200, 64).clamp(0.2, 1)

@@ -11,7 +11,7 @@ from sj_taid.model import FSVAE
 from sj_taid.model.fsvae import Posterior, Prior, mmd_loss, pick
 from sj_taid.model.spiking_vae import original_neuron
 from tests.helpers import TOLERANCE
-from tests.model.conftest import frozen_alif, images, lif
+from tests.model.conftest import images
 
 SMALL = {"image_size": 8, "T": 8, "hidden_channels": (6, 12), "latent_channels": 10, "k": 4}
 T, N, C, K = 9, 4, 6, 5
@@ -47,25 +47,18 @@ def spikes():
     return (torch.rand(T, N, C, dtype=F64) < 0.5).to(F64)
 
 
-def test_posterior_equals_rerunning_every_prefix(posterior):
+@pytest.mark.parametrize("network", ["posterior", "prior"])
+def test_drawing_equals_rerunning_every_prefix(network, request):
+    network = request.getfixturevalue(network)
     x_seq, index = spikes(), picks()
-    z, q = posterior(x_seq, index)
+    is_posterior = isinstance(network, Posterior)
+    z = network(x_seq, index)[0] if is_posterior else network.sample(index)
     previous = torch.zeros(1, N, C, dtype=F64)
     for t in range(T):
-        prefix = posterior.run(torch.cat([x_seq[: t + 1], previous], 2))
-        assert torch.equal(prefix[-1], q[t]) and torch.equal(pick(prefix[-1], index[t]), z[t])
+        inputs = torch.cat([x_seq[: t + 1], previous], 2) if is_posterior else previous
+        assert torch.equal(pick(network.run(inputs)[-1], index[t]), z[t])
         previous = torch.cat([previous, z[t : t + 1]])
-    assert 0.02 < q.mean() < 0.98
-
-
-def test_prior_sample_equals_rerunning_every_prefix(prior):
-    index = picks()
-    z = prior.sample(index)
-    previous = torch.zeros(1, N, C, dtype=F64)
-    for t in range(T):
-        assert torch.equal(pick(prior.run(previous)[-1], index[t]), z[t])
-        previous = torch.cat([previous, z[t : t + 1]])
-    assert 0 < z.mean() < 1
+    assert 0.02 < z.mean() < 0.98
 
 
 def test_autocast_casts_without_a_graph_are_cleared(posterior, prior):
@@ -137,24 +130,6 @@ def test_mmd_loss_is_of_postsynaptic_potentials():
     error = (mmd_loss(q, p) - torch.stack(squares).mean()).abs()
     assert error <= TOLERANCE[F64]["value"]
     assert mmd_loss(q, q) == 0
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_frozen_alif_equals_lif(training):
-    alif = FSVAE(**SMALL, neuron=frozen_alif).double().train(training)
-    original = FSVAE(**SMALL, neuron=lif).double().train(training)
-    original.load_state_dict(
-        {k: v for k, v in alif.state_dict().items() if not k.endswith((".w", ".v_threshold"))}
-    )
-    image = images(8).double()
-    outputs, samples = [], []
-    for model in (alif, original):
-        torch.manual_seed(0)
-        outputs.append(model(image, 0.3))
-        samples.append(model.sample(4))
-    for a, b in zip(*outputs, strict=True):
-        assert torch.equal(a, b)
-    assert torch.equal(*samples)
 
 
 def test_training_loss_scheduled_sampling_follows_the_progress(monkeypatch):

@@ -23,29 +23,10 @@ def make(kind, **options):
     return kind(**SMALL[kind] | options)
 
 
-@pytest.mark.parametrize(("size", "channels", "width"), [(32, 1, 256), (64, 3, 512)])
-@KINDS
-def test_forward_at_the_originals_sizes(kind, size, channels, width):
-    model = kind(channels, size, T=2).eval()
-    with torch.no_grad():
-        output = model(images(1, channels, size))
-    assert output.image.shape == (1, channels, size, size) and output.image.abs().max() <= 1
-    assert output.q.shape == output.p.shape
-    assert output.q.shape == ((1, 128) if kind is ESVAE else (2, 1, 128, 20))
-    assert model.encoder[-1][0][0].out_channels == width
-
-
 def test_original_neuron_has_a_surrogate_of_width_and_height_1():
     x = (0.2 + torch.tensor([[-0.6, -0.4, 0.0, 0.4, 0.6]])).requires_grad_()
     original_neuron(step_mode="s")(x).sum().backward()
     assert x.grad.tolist() == [[0.0, 1.0, 1.0, 1.0, 0.0]]
-
-
-@KINDS
-def test_neurons_that_count_are_refused(kind):
-    neuron = partial(ALIFNode, levels=4, v_reset=None, step_mode="m")
-    with pytest.raises(ValueError, match="a generator draws spikes"):
-        make(kind, neuron=neuron)
 
 
 @KINDS
@@ -165,6 +146,7 @@ def test_sum_losses_of_neighbouring_pixels_and_of_colour():
     assert losses["loss"].item() == pytest.approx(sum(terms.values()))
 
 
+counting = partial(ALIFNode, levels=4, v_reset=None, step_mode="m")
 BAD = {
     ESVAE: [
         ({"chroma_weight": 3.0}, "of 3 channels"),
@@ -176,6 +158,7 @@ BAD = {
         ({"image_decoder": TAID(3)}, "the image decoder is for T=3, the model for T=6"),
         ({"neuron": ALIFNode}, "step mode 'm'"),
         ({"neuron": ALIFNode(step_mode="m")}, "neuron must make a neuron each time it is called"),
+        ({"neuron": counting}, "a generator draws spikes"),
         ({"mmd_weight": -1}, "mmd_weight must be a finite number >= 0"),
         ({"exact_counts": "off"}, "exact_counts must be True or False"),
         ({"sample_from": "flwo"}, "learned or flow, but it is 'flwo'"),
