@@ -40,16 +40,18 @@ def images(samples):
     return {image.numpy().tobytes() for image, _ in samples}
 
 
-def test_limit_draws_from_the_whole_set():
-    some, again = ready(data.Digits, limit=100), ready(data.Digits, limit=100)
-    assert len(some.train_set) == len(some.test_set) == 100
-    assert images(some.train_set) == images(again.train_set)
-    assert images(some.train_set) != images(ready(data.Digits, limit=100, seed=1).train_set)
-    assert len(ready(data.Digits, limit=1000).test_set) == 359
-
-
-def test_validation_is_a_part_of_the_training_set():
-    whole, split = ready(data.Digits), ready(data.Digits, validation=0.1, augment="affine")
+def test_validation_and_limit_are_drawn_by_their_own_seed():
+    state = torch.manual_seed(1).get_state()
+    whole, split, again, other = (
+        ready(data.Digits, **options)
+        for options in (
+            {},
+            {"validation": 0.1},
+            {"validation": 0.1},
+            {"validation": 0.1, "seed": 1},
+        )
+    )
+    assert torch.equal(torch.random.get_rng_state(), state)
     rest, drawn = split.train_set, split.validation_set
     assert len(rest) == 1294 and len(drawn) == 144 and whole.validation_set is None
     assert images(rest) | images(drawn) == images(whole.train_set)
@@ -57,13 +59,13 @@ def test_validation_is_a_part_of_the_training_set():
     assert torch.equal(split.test_set.samples, whole.test_set.samples)
     (all_classes, few) = (Counter(samples.labels) for samples in (whole.train_set, drawn))
     assert all(abs(few[label] - 0.1 * n) < 1.5 for label, n in all_classes.items())
-    assert len(torch.cat([x for x, _ in split.val_dataloader()])) == 144
-    assert len(torch.cat([x for x, _ in whole.val_dataloader()])) == len(whole.test_set)
-    # It follows its own seed alone.
-    state = torch.manual_seed(1).get_state()
-    assert images(ready(data.Digits, validation=0.1).validation_set) == images(drawn)
-    assert images(ready(data.Digits, validation=0.1, seed=1).validation_set) != images(drawn)
-    assert torch.equal(torch.random.get_rng_state(), state)
+    assert images(again.validation_set) == images(drawn) != images(other.validation_set)
+    for module, n in ((split, 144), (whole, 359)):
+        assert len(torch.cat([x for x, _ in module.val_dataloader()])) == n
+    some, others = (ready(data.Digits, limit=100, seed=seed) for seed in (0, 1))
+    assert len(some.train_set) == len(some.test_set) == 100
+    assert images(some.train_set) != images(others.train_set)
+    assert len(ready(data.Digits, limit=1000).test_set) == 359
 
 
 def test_sets_of_files_hold_the_classes_in_their_proportions(tmp_path):
@@ -117,8 +119,8 @@ def test_labels_that_do_not_fit_are_refused(labels, message, kind):
 
 def test_fingerprint_is_of_the_samples_alone():
     whole = ready(data.Digits).fingerprint()
-    for options in ({"validation": 0.0}, {"batch_size": 7, "augment": "affine"}):
-        assert ready(data.Digits, **options).fingerprint() == whole
+    same = {"validation": 0.0, "batch_size": 7, "augment": "affine"}
+    assert ready(data.Digits, **same).fingerprint() == whole
     others = [ready(data.Digits, **o).fingerprint() for o in ({"limit": 100}, {"image_size": 8})]
     split = ready(data.Digits, validation=0.1)
     others += [split.fingerprint(), split.test_on_validation().fingerprint()]
