@@ -4,20 +4,18 @@ from .._internal.extras import needs
 
 with needs("lightning torchvision scikit-learn filelock pydantic"):
     from .base import Data
-    from .event import CIFAR10DVS, NMNIST, DVS128Gesture
+    from .event import Recordings
     from .folder import CelebA, ImageFolder
     from .image import Digits, ImageData, Torchvision
     from .samples import Samples
 
 __all__ = [
-    "CIFAR10DVS",
-    "NMNIST",
     "CelebA",
-    "DVS128Gesture",
     "Data",
     "Digits",
     "ImageData",
     "ImageFolder",
+    "Recordings",
     "Samples",
     "Torchvision",
 ]

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Literal, Self
 
 import lightning as L
 import torch
@@ -73,7 +73,7 @@ class Data(L.LightningDataModule):
     seed: Seed = 0
 
     #: published numbers of training and test samples; others are logged
-    counts: ClassVar[tuple[int, int] | None] = None
+    counts: tuple[int, int] | None = field(init=False, default=None)
     #: known once the samples are loaded; empty where the data set has none
     class_names: Sequence[str] = field(init=False, default=())
     train_set: Samples = field(init=False)

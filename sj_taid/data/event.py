@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,13 +24,28 @@ from .samples import Samples
 log = logging.getLogger(__name__)
 
 
+CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+#: Of a source: SpikingJelly's module of its class, the published numbers of training and test
+#: recordings, and the names of the classes in the order of their labels.
+SOURCES = {
+    "NMNIST": ("n_mnist", 60_000, 10_000, [*"0123456789"]),
+    "DVS128Gesture": ("dvs128_gesture", 1176, 288, sorted(map(str, range(11)))),  # 0, 1, 10, 2, ...
+    "CIFAR10DVS": ("cifar10_dvs", 9000, 1000, CIFAR10),
+}
+
+
 @dataclass(kw_only=True, eq=False, repr=False)
-class EventData(Data):
+class Recordings(Data):
     """Frames ``[N, T, 2, H, W]``: how many events of each polarity fell on each pixel.
 
     SpikingJelly cuts each recording into T pieces with the same number of events, on the first run.
+    CIFAR10DVS has no split: as usual with SpikingJelly, of the 1000 recordings of each class the
+    first 900 in the order of their file names are for training and the last 100 for testing.
 
     Args:
+        source: NMNIST, MNIST's digits in front of a moving camera, 34x34; DVS128Gesture, eleven
+            gestures of 23 persons and of 6 others for testing, 128x128; or CIFAR10DVS, 10000 of
+            CIFAR10's images moved in front of a camera, 128x128.
         root: the folder that holds ``download`` with the archives, or SpikingJelly's
             ``events_np`` with all recordings or some.
         T: number of frames.
@@ -39,17 +54,22 @@ class EventData(Data):
     Raises:
         FileNotFoundError: neither in ``root``, or an archive that is not whole.
         OSError: recordings or frames that cannot be read.
+
+    Sources: G. Orchard, A. Jayawant, G. K. Cohen and N. Thakor, Frontiers in Neuroscience 2015;
+    A. Amir et al., CVPR 2017; H. Li, H. Liu, X. Ji, G. Li and L. Shi, Frontiers in Neuroscience
+    2017.
     """
 
+    source: Literal["NMNIST", "DVS128Gesture", "CIFAR10DVS"]
     root: Path
     T: int
     download: bool = False
 
-    source: ClassVar[str]  # SpikingJelly's class
-    part: ClassVar[dict[str, bool]] = {"train": True}  # the one asked for; it makes all
-
     def __post_init__(self) -> None:
         super().__post_init__()
+        module, train, test, self.class_names = SOURCES[self.source]
+        self.counts = train, test
+        self.reader = f"spikingjelly.datasets.{module}:{self.source}"
         self.root = expand_home(self.root)
         self.frames = self.root / f"frames_number_{self.T}_split_by_number"
 
@@ -66,6 +86,8 @@ class EventData(Data):
                 self._make_frames()
 
     def load(self) -> tuple[Samples, Samples]:
+        if self.source == "CIFAR10DVS":
+            return self._files(self.frames).hold_out(0.1)
         return self._files(self.frames / "train"), self._files(self.frames / "test")
 
     def _files(self, folder: Path) -> Samples:
@@ -75,7 +97,7 @@ class EventData(Data):
         return Samples([*map(str, paths)], labels, read_frames, remedy)
 
     def _check_archives(self) -> None:
-        source, archives = load_source(self.source), self.root / "download"
+        source, archives = load_source(self.reader), self.root / "download"
         lacks = [r for r in source.resource_url_md5() if not check_integrity(archives / r[0], r[2])]
         if lacks and not (self.download and source.downloadable()):
             remedy = "; dataset.download=true fetches them" if source.downloadable() else ""
@@ -95,7 +117,9 @@ class EventData(Data):
                     Path(temporary, name).symlink_to((self.root / name).absolute())
             try:
                 options = {"data_type": "frame", "frames_number": self.T, "split_by": "number"}
-                load_source(self.source)(temporary, **self.part, **options)
+                if self.source != "CIFAR10DVS":
+                    options["train"] = True  # the part that is asked for; it makes both
+                load_source(self.reader)(temporary, **options)
             except Exception as error:  # of the network, the disk, or whatever SpikingJelly meets
                 raise OSError(
                     f"cannot make frames of {self.name} in {self.root}: {error!r}"
@@ -118,49 +142,7 @@ def load_source(name: str) -> Any:
     except (ImportError, OSError):
         sys.modules["torchaudio"] = stand_in
     try:
-        return pkgutil.resolve_name(f"spikingjelly.datasets.{name}")
+        return pkgutil.resolve_name(name)
     finally:
         if sys.modules.get("torchaudio") is stand_in:
             del sys.modules["torchaudio"]
-
-
-class NMNIST(EventData):
-    """N-MNIST: MNIST's digits in front of a moving camera, 34x34.
-
-    Source: G. Orchard, A. Jayawant, G. K. Cohen and N. Thakor, Frontiers in Neuroscience 2015.
-    """
-
-    source = "n_mnist:NMNIST"
-    counts = (60_000, 10_000)
-    class_names = tuple("0123456789")
-
-
-class DVS128Gesture(EventData):
-    """DVS128 Gesture: eleven gestures of hands and arms, 128x128; 23 persons, 6 others for testing.
-
-    Source: A. Amir et al., CVPR 2017.
-    """
-
-    source = "dvs128_gesture:DVS128Gesture"
-    counts = (1176, 288)
-    class_names = tuple(sorted(map(str, range(11))))  # as text: 0, 1, 10, 2, ...
-
-
-class CIFAR10DVS(EventData):
-    """CIFAR10-DVS: 10000 of CIFAR10's images moved in front of a camera, 128x128.
-
-    It has no split. As usual with SpikingJelly, of the 1000 recordings of each class the first 900
-    in the order of their file names are for training and the last 100 for testing.
-    Source: H. Li, H. Liu, X. Ji, G. Li and L. Shi, Frontiers in Neuroscience 2017.
-    """
-
-    source = "cifar10_dvs:CIFAR10DVS"
-    part: ClassVar[dict[str, bool]] = {}
-    counts = (9000, 1000)
-    class_names = (
-        *("airplane", "automobile", "bird", "cat", "deer"),
-        *("dog", "frog", "horse", "ship", "truck"),
-    )
-
-    def load(self) -> tuple[Samples, Samples]:
-        return self._files(self.frames).hold_out(0.1)

@@ -18,9 +18,9 @@ from tests.data.made_up import cut, first, is_locked, ready
 from tests.training.conftest import TINY_CLASSIFICATION
 
 T = 4
-EVENTS = {"channels": 2, "image_size": 34, "T": T, "name": "nmnist"}
+EVENTS = {"source": "NMNIST", "channels": 2, "image_size": 34, "T": T, "name": "nmnist"}
 FRAMES = f"frames_number_{T}_split_by_number"
-NMNIST = event.load_source(data.NMNIST.source)
+NMNIST = event.load_source("spikingjelly.datasets.n_mnist:NMNIST")
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def nmnist(tmp_path, monkeypatch):
 
 
 def test_nmnist(nmnist, caplog):
-    module = ready(data.NMNIST, nmnist, **EVENTS)
+    module = ready(data.Recordings, nmnist, **EVENTS)
     frames, labels = first(module.train_dataloader())
     assert frames.shape == (2, T, 2, 34, 34) and frames.dtype == torch.float32
     assert sorted(labels.tolist()) == [0, 7] and module.test_set.labels == [3]
@@ -52,7 +52,7 @@ def test_nmnist(nmnist, caplog):
 
     shutil.rmtree(nmnist / "download")  # the recordings will do
     smaller = {"image_size": 17, "augment": "crop_flip", "T": 3}
-    module = ready(data.NMNIST, nmnist, **EVENTS | smaller)
+    module = ready(data.Recordings, nmnist, **EVENTS | smaller)
     assert first(module.train_dataloader())[0].shape == (2, 3, 2, 17, 17)
 
 
@@ -73,12 +73,12 @@ def test_nmnist_refuses_missing_and_damaged_archives(nmnist, damage):
     damage(archive)
     left = archive.exists()
     with pytest.raises(FileNotFoundError, match=r"download with Test\.zip from https://there/Test"):
-        ready(data.NMNIST, nmnist, **EVENTS)
+        ready(data.Recordings, nmnist, **EVENTS)
     assert archive.exists() == left
 
 
 def test_nmnist_refuses_damaged_recordings(nmnist):
-    module = ready(data.NMNIST, nmnist, **EVENTS)
+    module = ready(data.Recordings, nmnist, **EVENTS)
     frames = nmnist / FRAMES
     cut(next((frames / "test").rglob("*.npz")))
     with pytest.raises(OSError, match=rf"00001\.npz cannot be read .*; move {frames} away"):
@@ -86,7 +86,7 @@ def test_nmnist_refuses_damaged_recordings(nmnist):
     shutil.rmtree(frames)
     cut(nmnist / "events_np" / "test" / "3" / "00001.npz")
     with pytest.raises(OSError, match="cannot make frames"):
-        ready(data.NMNIST, nmnist, **EVENTS)
+        ready(data.Recordings, nmnist, **EVENTS)
     assert not frames.exists()
 
 
@@ -97,9 +97,9 @@ def test_nmnist_starts_over_after_an_interrupted_preparation(nmnist, monkeypatch
 
     with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
         context.setattr(np, "load", interrupt)
-        ready(data.NMNIST, nmnist, **EVENTS)
+        ready(data.Recordings, nmnist, **EVENTS)
     assert {path.name for path in nmnist.iterdir()} == {"download", ".lock"}
-    assert len(ready(data.NMNIST, nmnist, **EVENTS).train_set) == 2
+    assert len(ready(data.Recordings, nmnist, **EVENTS).train_set) == 2
 
 
 def write_events(folder, n):
@@ -112,7 +112,9 @@ def write_events(folder, n):
 def test_cifar10_dvs_tests_on_the_last_tenth_of_each_class(tmp_path):
     for name in ("airplane", "truck"):
         write_events(tmp_path / "events_np" / name, 10)
-    module = ready(data.CIFAR10DVS, tmp_path, **EVENTS | {"image_size": 128})
+    module = ready(
+        data.Recordings, tmp_path, **EVENTS | {"source": "CIFAR10DVS", "image_size": 128}
+    )
     names = [Path(path).name for path in module.test_set.samples]
     assert names == ["airplane_9.npz", "truck_9.npz"]
     assert module.test_set.labels == [0, 9] and module.train_set.labels == [0] * 9 + [9] * 9
@@ -127,7 +129,7 @@ def test_cifar10_dvs_keeps_what_it_downloads(tmp_path, monkeypatch):
 
     monkeypatch.setattr("spikingjelly.datasets.base.download_url", download_url)
     with pytest.raises(OSError, match=r"cannot make frames .*no route to host"):
-        ready(data.CIFAR10DVS, tmp_path, download=True, **EVENTS)
+        ready(data.Recordings, tmp_path, download=True, **EVENTS | {"source": "CIFAR10DVS"})
     assert len([*(tmp_path / "download").iterdir()]) == 2
 
 
@@ -135,7 +137,12 @@ def test_dvs128_gesture(tmp_path):
     for part, n in (("train", 2), ("test", 1)):
         for gesture in range(11):
             write_events(tmp_path / "events_np" / part / str(gesture), n)
-    module = ready(data.DVS128Gesture, tmp_path, classes=11, **EVENTS | {"image_size": 32})
+    module = ready(
+        data.Recordings,
+        tmp_path,
+        classes=11,
+        **EVENTS | {"source": "DVS128Gesture", "image_size": 32},
+    )
     assert first(module.train_dataloader())[0].shape == (22, T, 2, 32, 32)
     assert sorted(module.test_set.labels) == list(range(11))
     assert module.class_names[module.test_set.labels[2]] == "10"

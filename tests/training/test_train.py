@@ -277,7 +277,10 @@ def test_classes_are_counted_for_all_that_learn_from_labels(tmp_path):
             "feature_loss=classifier dataset.classes=null",
             r"^feature_loss\.classes: input should be",
         ),
-        ("dataset=nmnist", r"takes ImageData, but dataset=nmnist is NMNIST; for recordings add"),
+        (
+            "dataset=nmnist",
+            r"takes ImageData, but dataset=nmnist is Recordings; for recordings add",
+        ),
         (
             "+callbacks.swa._target_=lightning.pytorch.callbacks.StochasticWeightAveraging",
             "other weights than the saved ones; take WeightAveraging",
