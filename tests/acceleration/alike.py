@@ -12,6 +12,7 @@ from spikingjelly.activation_based import functional, neuron
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+import sj_taid
 from sj_taid._internal.compat import FUNCTIONAL_STATES
 from sj_taid.acceleration.summary import find_readers
 
@@ -52,6 +53,20 @@ def results(net, x, between=functional.reset_net, context=torch.enable_grad, run
         seen.clear()
         between(net)
     return found
+
+
+def assert_same(plain, run, rtol=1e-4, atol=1e-4):
+    """``run`` gives of an accelerated copy of a net what it gives of the plain net; the copy."""
+    fast = copy.deepcopy(plain)
+    sj_taid.accelerate(fast)
+    expected, got = run(plain), run(fast)
+    torch.testing.assert_close(got, expected, rtol=rtol, atol=atol, equal_nan=True)
+    return fast
+
+
+def weighed(y):
+    """A sum of ``y`` in which each value counts differently."""
+    return (y * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum()
 
 
 def count_fused(net, x):
