@@ -1,6 +1,5 @@
 """What a call costs: Python frames and operators of torch, which a busy machine does not change."""
 
-import copy
 import sys
 import weakref
 
@@ -106,19 +105,16 @@ POOLS = {
 
 @pytest.mark.parametrize("pool", POOLS.values(), ids=POOLS)
 def test_a_pool_saves_the_shape_of_a_norms_output_alone(pool):
-    plain = nn.ModuleList([layer.BatchNorm2d(3, step_mode="m"), neuron.LIFNode(**OPTIONS)])
-    net = copy.deepcopy(plain)
-    sj_taid.accelerate(net)
-    x = torch.rand(4, 2, 3, 8, 8, requires_grad=True)
+    plain, net = (make(neuron.LIFNode(**OPTIONS), True) for _ in range(2))
+    sj_taid.unaccelerate(plain)
+    x = torch.rand(4, 2, 8, 8, 8, requires_grad=True)
 
     def save(norm):
         y, saved = record_saved(lambda: pool(norm(x).flatten(0, 1), 2), [x])
         y.sum().backward()
         return saved
 
-    theirs, ours = map(save, (plain[0], net[0]))
-    assert ours < theirs - 0.9 * x.nbytes
-    assert all(map(torch.equal, net.buffers(), plain.buffers()))
+    assert save(net[0]) < save(plain[0]) - 0.9 * x.nbytes
 
 
 def add_in_place(y, h):
@@ -127,7 +123,6 @@ def add_in_place(y, h):
 
 
 SUMS = {
-    "norm + x": lambda y, h: y + h,
     "x + view of norm": lambda y, h: h.transpose(-1, -2) + y.transpose(-1, -2),
     "norm += x": add_in_place,
     "norm + a clone": lambda y, h: h + y.clone(),
@@ -138,11 +133,9 @@ SUMS = {
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("add", SUMS.values(), ids=SUMS)
 def test_a_sum_in_front_of_a_neuron_saves_its_terms(add, training, dtype):
-    plain = nn.ModuleList([layer.BatchNorm2d(3, step_mode="m"), neuron.LIFNode(**OPTIONS)])
-    plain[0].train(training)
-    net = copy.deepcopy(plain)
-    sj_taid.accelerate(net)
-    x = torch.randn(4, 2, 3, 8, 8, dtype=dtype, requires_grad=True)
+    plain, net = (make(neuron.LIFNode(**OPTIONS), True).train(training) for _ in range(2))
+    sj_taid.unaccelerate(plain)
+    x = torch.randn(4, 2, 8, 8, 8, dtype=dtype, requires_grad=True)
 
     def run(norm, node):
         functional.reset_net(node)
@@ -176,12 +169,9 @@ def late_parameters(norm, h):
 @pytest.mark.parametrize("training", [True, False])
 def test_a_term_is_computed_again_from_the_numbers_of_its_call(change, training):
     """The neuron's gradient is that before the change, at every call."""
-    net = nn.ModuleList([layer.BatchNorm2d(3, step_mode="m"), neuron.LIFNode(**OPTIONS)])
-    net[0].train(training)
-    sj_taid.accelerate(net)
-    norm, node = net
+    norm, node = make(neuron.LIFNode(**OPTIONS), True).train(training)
     for _ in range(2):
-        h = torch.rand(4, 2, 3, 4, 4, requires_grad=True) * 1.0
+        h = torch.rand(4, 2, 8, 4, 4, requires_grad=True) * 1.0
         shortcut = (h * 2).detach().requires_grad_() * 1.0
         spikes = node(norm(h) + shortcut)
         node.reset()
@@ -193,11 +183,9 @@ def test_a_term_is_computed_again_from_the_numbers_of_its_call(change, training)
 
 
 def test_a_term_whose_input_changes_before_backward_raises_an_error():
-    net = nn.ModuleList([layer.BatchNorm2d(3, step_mode="m"), neuron.LIFNode(**OPTIONS)])
-    sj_taid.accelerate(net)
-    norm, node = net
+    norm, node = make(neuron.LIFNode(**OPTIONS), True)
     for changes in (False, True):
-        h = torch.rand(4, 2, 3, 2, 2, requires_grad=True) * 1.0
+        h = torch.rand(4, 2, 8, 2, 2, requires_grad=True) * 1.0
         spikes = node(norm(h) + h * 2)
         node.reset()
         if changes:
@@ -209,12 +197,10 @@ def test_a_term_whose_input_changes_before_backward_raises_an_error():
 
 
 def test_a_norm_of_what_is_not_dense_keeps_its_copy_alone():
-    net = nn.ModuleList([layer.BatchNorm2d(3, step_mode="m"), neuron.LIFNode(**OPTIONS)])
-    sj_taid.accelerate(net)
-    norm, node = net
+    norm, node = make(neuron.LIFNode(**OPTIONS), True)
     for _ in range(2):
-        h = torch.rand(2, 4, 3, 2, 2, requires_grad=True) * 1.0
-        spikes = node(norm(h.transpose(0, 1)) + torch.rand(4, 2, 3, 2, 2, requires_grad=True) * 2)
+        h = torch.rand(2, 4, 8, 2, 2, requires_grad=True) * 1.0
+        spikes = node(norm(h.transpose(0, 1)) + torch.rand(4, 2, 8, 2, 2, requires_grad=True) * 2)
         node.reset()
         memory = weakref.ref(h.untyped_storage())
         h.detach().add_(1)  # the plain norm has saved a copy, too

@@ -4,7 +4,6 @@ import pytest
 import torch
 from spikingjelly.activation_based import functional, layer, neuron
 from torch import nn
-from torch.utils._pytree import tree_map
 
 from sj_taid import accelerate
 from sj_taid.acceleration.summary import run_step
@@ -24,35 +23,19 @@ def test_inputs_parameters_and_buffers_do_not_count_as_saved(net, inputs):
     assert run_step(net, inputs, True)[0] == 0
 
 
-@pytest.mark.parametrize("view", [lambda data: data[:4], lambda data: (data[8:12],)])
-def test_an_example_of_a_data_set_counts_as_its_copy(view):
-    example = view(images(steps=40))
-    copied = tree_map(torch.clone, example)
-    saved = [accelerate(make_net(), x).saved_bytes for x in (example, copied)]
+def test_an_example_of_a_data_set_counts_as_its_copy():
+    example = images(steps=40)[8:12]
+    saved = [accelerate(make_net(), x).saved_bytes for x in (example, (example.clone(),))]
     assert saved[0] == saved[1]
-
-
-class RMSNorm(nn.Module):
-    def forward(self, x):
-        return x / x.square().mean(-1, keepdim=True).sqrt()
-
-
-class LayerNorm2d(nn.LayerNorm):
-    def forward(self, x):
-        return super().forward(x.transpose(-1, -3)).transpose(-1, -3)
 
 
 class LN(nn.LayerNorm):
     pass
 
 
-class PreNorm(nn.Module):
-    def __init__(self, norm, layer):
-        super().__init__()
-        self.norm, self.layer = norm, layer
-
+class RMSNorm(nn.Module):
     def forward(self, x):
-        return self.layer(self.norm(x))
+        return x / x.square().mean(-1, keepdim=True).sqrt()
 
 
 class Normalize(nn.Module):
@@ -65,12 +48,8 @@ class Normalize(nn.Module):
     [
         layer.SeqToANNContainer(nn.GroupNorm(2, 4)),
         layer.GroupNorm(2, 4, step_mode="m"),
-        layer.SeqToANNContainer(nn.InstanceNorm2d(4)),
-        nn.LayerNorm([4, 6, 6]),
-        PreNorm(LN(6), layer.Conv2d(4, 4, 1, step_mode="m")),
-        layer.SeqToANNContainer(LayerNorm2d(4)),
-        PreNorm(RMSNorm(), nn.Identity()),
-        layer.SeqToANNContainer(nn.LocalResponseNorm(2)),
+        nn.Sequential(LN(6)),
+        nn.Sequential(RMSNorm()),
     ],
 )
 def test_norms_that_are_no_batch_norms_are_named_and_stay(norm):
@@ -119,21 +98,16 @@ class Count(nn.Module):
         return (y + (y.round() - y).detach()) * self.factor
 
 
-class Block(nn.Module):
-    def __init__(self, *modules):
-        super().__init__()
-        self.run = nn.Sequential(*modules)
-
-    def forward(self, x):
-        return self.run(x)
+class Block(nn.Sequential):
+    """Of a net's own class."""
 
 
-class Silent(Block):
+class Silent(nn.Module):
     def forward(self, x):
         return 0.0 * x
 
 
-class Repeated(Block):
+class Repeated(nn.Module):
     def forward(self, x):
         return x.repeat(1, 1, 2)  # counts of counts
 
@@ -141,25 +115,15 @@ class Repeated(Block):
 def test_the_report_ends_with_what_gives_counts_and_is_no_neuron():
     node = neuron.LIFNode(step_mode="m")
     net = nn.Sequential(
-        *(
-            nn.Linear(6, 6),
-            Count(),
-            Repeated(),
-            nn.Linear(12, 6),
-            Block(nn.Linear(6, 6), Count(0.25)),
-        ),
-        *(nn.Linear(6, 6), Silent(), nn.Linear(6, 6), Block(nn.Linear(6, 6), node)),
+        *(nn.Linear(6, 6), Count(), Repeated(), nn.Linear(12, 6)),
+        *(Block(nn.Linear(6, 6), Count(0.25)), nn.Linear(6, 6), Silent()),
+        *(nn.Linear(6, 6), Block(nn.Linear(6, 6), node)),
     )
     x = torch.randn(4, 5, 6) * 9
     report = accelerate(net, x)
-    assert report.counting == {"1": "Count", "4.run.1": "Count"}
-    assert (
-        str(report)
-        .splitlines()[-1]
-        .startswith(
-            "counts come from no neurons of SpikingJelly's too: 1 (Count) and 1 more; give them"
-        )
-    )
+    assert report.counting == {"1": "Count", "4.1": "Count"}
+    last = "counts come from no neurons of SpikingJelly's too: 1 (Count) and 1 more; give them"
+    assert str(report).splitlines()[-1].startswith(last)
     assert not accelerate(net).counting and "counts come" not in str(accelerate(net[-1:], x))
     with pytest.raises(ValueError, match=r"swap_neurons\(net, replace=.*docs/swap\.md"):
         accelerate(net[:-1], x)

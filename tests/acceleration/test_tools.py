@@ -83,36 +83,23 @@ def test_tool_says_the_same(name):
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
-def conv_norm(size):
-    return layer.Conv2d(4, 4, size, padding=size // 2, bias=False), layer.BatchNorm2d(4)
-
-
 class Residual(nn.Module):
-    def __init__(self, shortcut):
+    def __init__(self):
         super().__init__()
-        self.branch, self.shortcut = nn.Sequential(*conv_norm(3)), shortcut
-        self.lif = neuron.LIFNode()
+        self.branch = nn.Sequential(layer.Conv2d(4, 4, 1, bias=False), layer.BatchNorm2d(4))
+        self.shortcut, self.lif = layer.BatchNorm2d(4), neuron.LIFNode()
 
     def forward(self, x):
         return self.lif(self.branch(x) + self.shortcut(x))
 
 
-ENDS = {
-    "chain": lambda: [*conv_norm(3), neuron.ParametricLIFNode()],
-    "identity": lambda: [Residual(nn.Identity())],
-    "norm": lambda: [Residual(nn.Sequential(*conv_norm(1)))],
-    "norm alone": lambda: [Residual(layer.BatchNorm2d(4)), layer.BatchNorm2d(4)],
-}
-
-
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("end", ENDS)
-def test_saved_tensors_may_be_rounded(end, dtype, training):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_saved_tensors_may_be_rounded(dtype, training):
     """As people do to save memory, by hooks; gradients differ by the rounding alone."""
     torch.manual_seed(0)
     net = nn.Sequential(layer.Conv2d(3, 4, 3, bias=False), layer.BatchNorm2d(4), neuron.LIFNode())
-    net.extend(ENDS[end]())
+    net.extend([Residual(), layer.BatchNorm2d(4)])
     functional.set_step_mode(net, "m")
     sj_taid.accelerate(net.train(training))
     x = torch.randn(4, 3, 3, 8, 8) * 3

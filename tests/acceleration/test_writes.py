@@ -8,10 +8,9 @@ import pytest
 import torch
 from spikingjelly.activation_based import layer, neuron, surrogate
 from torch import nn
-from torch.utils import dlpack
 
 import sj_taid
-from tests.acceleration.alike import robust
+from tests.acceleration.alike import assert_same, robust
 
 
 class Net(nn.Module):
@@ -77,35 +76,25 @@ class Writes(torch.autograd.Function):
 #: ways to memory, of which autograd does not know that they write
 WAYS = {
     "numpy": lambda s: fill(s.numpy()),
-    "numpy's array": lambda s: fill(np.asarray(s)),
     "numpy of a cast to itself": lambda s: fill(s.float().numpy()),
-    "numpy of what is moved nowhere": lambda s: fill(s.view(-1).to("cpu").numpy()),
-    "data of a cast to itself": lambda s: s.flatten().to(torch.float32).data.fill_(0.3),
     "storage of a cast to its own type": lambda s: s.to(s).untyped_storage().fill_(62),
     "numpy of a step": lambda s: fill(s[1].numpy()),
     "numpy in a loop": lambda s: [fill(step.numpy()) for step in s],
     "numpy of a transposed one": lambda s: fill(s.mT.numpy()),
-    "numpy of its parts": lambda s: fill(s.tensor_split(2)[0].numpy()),
     "numpy of windows": lambda s: fill(s.unfold(3, 2, 2).numpy()),
     "numpy of a diagonal": lambda s: fill(torch.diagonal(s, dim1=0, dim2=1).data.numpy()),
-    "numpy of all as one": lambda s: fill(torch.broadcast_tensors(s, s)[0].squeeze().numpy()),
     "parts that are no views": lambda s: fill(s.unsafe_chunk(2)[0]),
-    "other parts": lambda s: fill(torch.unsafe_split(s, 1, 2)[1]),
     "whole numbers": lambda s: s.view(torch.int32).numpy().fill(0x3E99999A),
-    "bytes": lambda s: s.view(torch.uint8).data.fill_(62),
     "complex numbers": lambda s: torch.view_as_complex(s.unflatten(-1, (-1, 2))).numpy().fill(0.3),
     "real numbers": lambda s: fill(s.real.numpy()),
     "data": lambda s: s.data.mul_(0.3),
-    "data of a view": lambda s: s.view(-1).data[:9].fill_(0.3),
     "the storage": lambda s: s.untyped_storage().copy_(
         torch.ones(s.nbytes).byte().untyped_storage()
     ),
     "its address": set_memory,
     "from_dlpack": lambda s: fill(torch.from_dlpack(s)),
-    "numpy's from_dlpack": lambda s: fill(dlpack.from_dlpack(np.from_dlpack(s))),
     "set_ to the storage": lambda s: fill(torch.empty(0).set_(s.untyped_storage(), 2, (5,), (3,))),
     "a shallow copy": lambda s: fill(copy.copy(s)),
-    "an alias": lambda s: fill(torch.ops.aten.alias(s).numpy()),
     "element by element": lambda s: s.apply_(lambda value: 0.3),
     "a function that hides it": Writes.apply,
     "a view with other signs": lambda s: torch._neg_view(s).data.fill_(-0.3),
@@ -119,39 +108,26 @@ def test_what_is_written_unseen_is_what_backward_reads(way, place):
     plain, x = robust(
         lambda: (Net(lambda values: write(values.detach()), place), torch.randn(4, 2, 3, 8, 8))
     )
-    fast, found = copy.deepcopy(plain), []
-    sj_taid.accelerate(fast)
-    for net in (plain, fast):
+
+    def run(net):
         out = net(x)
         out.square().mean().backward()
-        found.append((out.detach(), net.head.weight.grad))
-    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+        return out.detach(), net.head.weight.grad
+
+    assert_same(plain, run)
 
 
 #: what reads memory, and leaves it as it is
 READS = {
     "a layer": lambda net, s: net.head(s),
-    "two layers": lambda net, s: (net.head(s), net.head(s)),
-    "layers of pixels": lambda net, s: (
-        nn.functional.conv2d(s.flatten(0, 1), net.conv.weight[:, :1, :1, :1].expand(-1, 4, -1, -1)),
-        nn.functional.conv1d(
-            s.flatten(0, 1).flatten(2), net.conv.weight[:, :1, 0, :1].repeat(1, 4, 1)
-        ),
-    ),
     "a neuron": lambda net, s: net.lif(s),
     "a norm": lambda net, s: net.norm(s),
-    "a norm and a neuron": lambda net, s: net.plif(net.norm(s)),
-    "pooling": lambda net, s: nn.functional.max_pool2d(s.flatten(0, 1), 2),
     "attention": lambda net, s: (s @ s.mT) @ s,
-    "softmax": lambda net, s: s.softmax(-1),
     "a sum": lambda net, s: s + s.detach(),
-    "a rate": lambda net, s: float(s.mean()) + s.sum(0).max().item(),
     "print": lambda net, s: f"{s} {s.shape} {s[0, 0, 0, 0, 0].item():.1f}",
-    "a list": lambda net, s: s.tolist(),
     "a mask": lambda net, s: (s > 0).float() + s[s > 0].sum(),
     "a copy": lambda net, s: (s.clone(), copy.deepcopy(s.detach()), torch.tensor(s.tolist())),
     "views": lambda net, s: (s[1:], s.mT.unsqueeze(0), s.chunk(2), torch.stack([*s])),
-    "half precision": lambda net, s: s.to(torch.bfloat16),
     "backward": lambda net, s: net.head(s).sum().backward(),
 }
 
@@ -175,8 +151,6 @@ def test_what_reads_leaves_the_packing(read, place):
 #: what reads values [4, 2, 4, 6, 6] next to an operand of a shape, and saves that
 OPERANDS = {
     "a convolution": (lambda s, w: nn.functional.conv2d(s.flatten(0, 1), w), (2, 4, 3, 3)),
-    "a linear layer": (nn.functional.linear, (5, 6)),
-    "matmul": (torch.matmul, (6, 5)),
     "a product": (torch.mul, (4, 1, 1)),
     "attention": (lambda s, w: (s @ w) @ s.mT, (6, 6)),
     "an interpolation": (lambda s, w: torch.lerp(s, w, s.sigmoid()), (6,)),
@@ -185,13 +159,11 @@ OPERANDS = {
 
 @pytest.mark.parametrize("place", [*PLACES, *WAITING])
 @pytest.mark.parametrize(("read", "shape"), OPERANDS.values(), ids=OPERANDS)
-@pytest.mark.parametrize("accelerated", [False, True])
-def test_an_operand_that_changes_before_backward_is_refused(accelerated, read, shape, place):
+def test_an_operand_that_changes_before_backward_is_refused(read, shape, place):
     found, w = [], torch.randn(shape, requires_grad=True)
     operand = w * 1.0  # of the graph, or a parameter: torch refuses both
     net = Net(lambda values: found.extend([read(values, w), read(values, operand)]), place)
-    if accelerated:
-        sj_taid.accelerate(net)
+    sj_taid.accelerate(net)
     net(torch.randn(4, 2, 3, 8, 8))
     for y in found:
         y.sum().backward(retain_graph=True)
