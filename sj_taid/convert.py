@@ -189,18 +189,12 @@ def to_lif(net: nn.Module) -> nn.Module:
     check_net(net)
     copied = copy_net(net)
     restore(copied)
-    refused = []
-    new_of: dict[nn.Module, nn.Module] = {}
-    for site in find_neurons(copied, ALIFNode):
-        reason = _why_no_lif(site)
-        if reason is None:
-            new_of[site.node] = _to_lif(site.node)
-        else:
-            refused.append(site.row("", reason))
-    if refused:
+    sites = find_neurons(copied, ALIFNode)
+    if refused := [site.row("", reason) for site in sites if (reason := _why_no_lif(site.node))]:
         raise ValueError(
             f"LIFNode cannot express {len(refused)} of the neurons:\n{table_of(refused)}"
         )
+    new_of = {site.node: _to_lif(site.node) for site in sites}
     _replace(copied, new_of)
     plain = new_of.get(copied, copied)  # a net may be one neuron
     warn_of_thresholds(plain)
@@ -281,9 +275,8 @@ def _why_keep(site: Site, filter: Callable[[str, nn.Module], bool] | None) -> st
     return why_no_alif(node) or why_silent(node)
 
 
-def _why_no_lif(site: Site) -> str | None:
+def _why_no_lif(node: Any) -> str | None:
     """Why a LIF node cannot express an ALIF, or ``None``."""
-    node = site.node
     if node.w is None or node.normalize:
         return "it has no state" if node.w is None else "it divides its counts"
     taus, thresholds = node.tau.unique().tolist(), node.effective_v_threshold.unique().tolist()
@@ -346,10 +339,7 @@ def _to_lif(node: Any) -> neuron.BaseNode:
         plain = neuron.IFNode(**options)
     else:
         plain = neuron.LIFNode(tau=tau, decay_input=node.decay_input, **options)
-    _copy_voltage(node, plain)
-    if scale != 1.0:
-        plain.set_reset_value("v", scale * compat.reset_value(plain, "v"))
-        plain.v = scale * plain.v
+    _copy_voltage(node, plain, scale)
     return plain
 
 
@@ -358,6 +348,6 @@ def _shared_options(node: Any) -> dict[str, Any]:
     return {name: getattr(node, name) for name in names}
 
 
-def _copy_voltage(old: Any, new: Any) -> None:
-    new.set_reset_value("v", compat.reset_value(old, "v"))
-    new.v = old.v
+def _copy_voltage(old: Any, new: Any, scale: float = 1.0) -> None:
+    new.set_reset_value("v", scale * compat.reset_value(old, "v"))
+    new.v = old.v if scale == 1.0 else scale * old.v

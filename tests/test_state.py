@@ -88,15 +88,6 @@ def test_single_steps_are_said_once_with_the_remedy(kind):
     assert not swap_neurons(net).remark
 
 
-def test_forgotten_reset_is_torchs_error():
-    net = make_net()
-    net(torch.rand(5, 2, 4)).sum().backward()
-    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
-        net(torch.rand(5, 2, 4)).sum().backward()
-    functional.detach_net(net)
-    net(torch.rand(5, 2, 4)).sum().backward()
-
-
 def test_metrics_in_a_net_are_not_reset():
     torchmetrics = pytest.importorskip("torchmetrics", reason="needs torchmetrics")
 
