@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import torch
@@ -15,10 +15,11 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ._internal import compat
 from ._internal.checks import check, check_numbers, is_number
+from ._internal.context import seeded
 from ._internal.neurons import check_net, need_neurons, why_silent
 from ._internal.report import table
 from .monitoring import LayerState, monitor, spikes_of
-from .ops.surrogate import counts, levels_of
+from .ops.surrogate import levels_of
 from .state import fresh_state, reset
 
 #: Relative tolerance on the target firing rate.
@@ -144,8 +145,7 @@ def calibrate(net: nn.Module, x_seq: Any, *, rate: float = 0.2) -> CalibrationRe
     def calibrate_next(node: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         def fire() -> Tensor:
             node.reset()
-            spikes = spikes_of(node, node.forward(*args, **kwargs))
-            return spikes if counts(node.surrogate_function) else spikes.ne(0)
+            return spikes_of(node, node.forward(*args, **kwargs))
 
         notes[node] = _search(node, fire, rate * levels_of(node.surrogate_function))
         node.reset()
@@ -169,16 +169,12 @@ def calibrate(net: nn.Module, x_seq: Any, *, rate: float = 0.2) -> CalibrationRe
 
 def _run(net: Any, x_seq: Any, nodes: Iterable[nn.Module], hook: Callable[..., Any]) -> None:
     """Run the batch once from rest, with ``hook`` before each call of ``nodes``."""
-    handles = [node.register_forward_pre_hook(hook, with_kwargs=True) for node in nodes]
-    devices = {t.device for t in chain(net.parameters(), net.buffers()) if t.is_cuda}
-    try:
+    # The same dropout in both passes; compiled code would not call the hook.
+    with ExitStack() as hooks, seeded(0), torch.compiler.set_stance("force_eager"):
+        for node in nodes:
+            hooks.enter_context(node.register_forward_pre_hook(hook, with_kwargs=True))
         reset(net)
-        # The same dropout in both passes; compiled code would not call the hook.
-        with torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
-            net(x_seq)
-    finally:
-        for handle in handles:
-            handle.remove()
+        net(x_seq)
 
 
 def _why_not(node: Any, calls: int, uses: int) -> str | None:

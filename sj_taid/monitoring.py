@@ -165,14 +165,15 @@ class _Count:
         spikes = spikes_of(node, output).detach()
         # A neuron whose voltage is NaN fires no spike: NaN and infinity times 0 make the sum NaN.
         v = torch.as_tensor(node.v).detach().sum(dtype=torch.float64)
-        fired = spikes if counts(node.surrogate_function) else spikes.ne(0)
-        self.spikes = self.spikes + fired.sum(dtype=torch.float64) + 0.0 * v
+        self.spikes = self.spikes + spikes.sum(dtype=torch.float64) + 0.0 * v
         self.steps = self.steps + spikes.new_full((), spikes.numel(), dtype=torch.float64)
 
 
 def spikes_of(node: Any, output: Tensor | Sequence[Tensor]) -> Tensor:
-    """The spikes or counts in a neuron's output, in which OTTT neurons have a trace too."""
+    """How many spikes each neuron fired, by an output in which OTTT neurons have a trace too."""
     spikes = output if isinstance(output, Tensor) else output[0]
+    if not counts(node.surrogate_function):
+        return spikes.ne(0)
     return spikes * node.levels if getattr(node, "normalize", False) else spikes
 
 

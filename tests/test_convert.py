@@ -149,16 +149,6 @@ def test_swapped_neuron_that_still_runs_warns():
     assert caught[0].filename == __file__ and not calls
 
 
-class NoisyLIF(neuron.LIFNode):
-    def forward(self, x):
-        return super().forward(x + torch.rand_like(x))
-
-
-class CountingLIF(neuron.LIFNode):
-    def penalty(self):
-        return 0.0
-
-
 class SlowLIF(neuron.LIFNode):
     slow_tau = 4.0
 
@@ -166,40 +156,45 @@ class SlowLIF(neuron.LIFNode):
         super().__init__(tau=4.0)
 
 
+def subclass(**methods):
+    return type("Own", (neuron.LIFNode,), methods)()
+
+
+def with_(node, **values):
+    """A neuron with attributes of these values."""
+    for name, value in values.items():
+        setattr(node, name, value)
+    return node
+
+
+LIF, PLIF = neuron.LIFNode, neuron.ParametricLIFNode
+KEPT = {
+    "a subclass of LIFNode": subclass(forward=lambda self, x: x),
+    "a subclass that adds penalty": subclass(penalty=lambda self: 0.0),
+    "its w has the shape [3, 1, 1]": with_(PLIF(), w=nn.Parameter(torch.zeros(3, 1, 1))),
+    "it is parametrized": register_parametrization(PLIF(), "w", nn.Identity()),
+    "not a LIF, PLIF or IF": neuron.EIFNode(),
+    "already ALIF; its backend stays auto": ALIFNode(),
+    "declined by filter": neuron.IFNode(),
+    "its threshold is a tensor": with_(LIF(), v_threshold=torch.ones(3)),
+    "its tau is 1.0": with_(LIF(), tau=1.0),
+    "its threshold is infinite": LIF(v_threshold=math.inf),
+}
+if compat.FUNCTIONAL_STATES:
+    precision = (torch.float16, "fp32", "fp32")
+    KEPT["it has a precision policy"] = with_(LIF(), _neuron_precision=precision)
+
+
 def test_swap_reports_what_it_keeps_with_the_reason():
-    threshold, untau, half = neuron.LIFNode(), neuron.LIFNode(), neuron.LIFNode()
-    threshold.v_threshold = torch.ones(3)
-    channels, parametrized = neuron.ParametricLIFNode(), neuron.ParametricLIFNode()
-    channels.w = nn.Parameter(torch.zeros(3, 1, 1))
-    register_parametrization(parametrized, "w", nn.Identity())
-    untau.tau = 1.0
-    half._neuron_precision = (torch.float16, "fp32", "fp32")
-    reasons = {
-        "subclass": (NoisyLIF(), "a subclass of LIFNode"),
-        "adds": (CountingLIF(), "a subclass that adds penalty"),
-        "channels": (channels, "its w has the shape [3, 1, 1]"),
-        "parametrized": (parametrized, "it is parametrized"),
-        "other": (neuron.EIFNode(), "not a LIF, PLIF or IF"),
-        "alif": (ALIFNode(), "already ALIF; its backend stays auto"),
-        "declined": (neuron.LIFNode(), "declined by filter"),
-        "threshold": (threshold, "its threshold is a tensor"),
-        "untau": (untau, "its tau is 1.0"),
-        "readout": (neuron.LIFNode(v_threshold=math.inf), "its threshold is infinite"),
-    }
-    if compat.FUNCTIONAL_STATES:
-        reasons["policy"] = half, "it has a precision policy"
-    nodes = {name: node for name, (node, _) in reasons.items()}
-    net = nn.ModuleDict(nodes | {"swapped": SlowLIF()})
-    report = swap_neurons(net, filter=lambda path, node: path != "declined")
-    kept = {row.layer: row.note for row in report.rows if not row.done}
-    assert kept.keys() == reasons.keys()
-    assert all(note.startswith(reasons[layer][1]) for layer, note in kept.items())
-    assert all(net[name] is node for name, node in nodes.items())
-    assert type(net["swapped"]) is ALIFNode and net["swapped"].tau == 4.0
-    table = str(report)
-    assert table.startswith(f"1 swapped, {len(reasons)} left alone\n")
-    assert "declined by filter" in table
-    assert "nn.Sequential" in swap_neurons(neuron.LIFNode()).rows[0].note  # it has no parent
+    net = nn.Sequential(*KEPT.values(), SlowLIF())
+    report = swap_neurons(net, filter=lambda path, node: node is not KEPT["declined by filter"])
+    *kept, swapped = report.rows
+    for row, (reason, node) in zip(kept, KEPT.items(), strict=True):
+        assert row.note.startswith(reason) and not row.done and net[int(row.layer)] is node
+    assert swapped.done and type(net[-1]) is ALIFNode and net[-1].tau == 4.0
+    assert str(report).startswith(f"1 swapped, {len(KEPT)} left alone\n")
+    assert all(reason in str(report) for reason in KEPT)
+    assert "nn.Sequential" in swap_neurons(LIF()).rows[0].note  # it has no parent
 
 
 def test_swap_leaves_the_net_as_it_was_after_an_error():
