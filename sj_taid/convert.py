@@ -31,7 +31,7 @@ from ._internal.neurons import (
     why_silent,
 )
 from ._internal.report import Row, table_of
-from .monitoring import warn_of_thresholds
+from .monitoring import notes_on_thresholds, warn_of
 from .neuron import ALIFNode
 from .ops import backends
 from .ops.alif.reference import state_dtype
@@ -197,7 +197,7 @@ def to_lif(net: nn.Module) -> nn.Module:
     new_of = {site.node: _to_lif(site.node) for site in sites}
     _replace(copied, new_of)
     plain = new_of.get(copied, copied)  # a net may be one neuron
-    warn_of_thresholds(plain)
+    warn_of(notes_on_thresholds(plain))
     return plain
 
 

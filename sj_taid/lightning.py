@@ -3,7 +3,7 @@
 from typing import Any
 
 from ._internal.extras import needs
-from .monitoring import warn_of_thresholds
+from .monitoring import notes_on_thresholds, warn_of
 from .state import name_neurons, reset
 
 with needs("lightning"):
@@ -33,4 +33,4 @@ class ResetState(Callback):
     on_predict_batch_start = on_train_batch_start
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        warn_of_thresholds(pl_module)
+        warn_of(notes_on_thresholds(pl_module))

@@ -124,7 +124,7 @@ class monitor(AbstractContextManager["monitor"]):
                 "voltage not finite": math.isnan(rate),
             }
             notes = [note for note, holds in of_rate.items() if holds]
-            found[path] = notes + notes_on_threshold(node)
+            found[path] = notes + _notes_on_threshold(node)
         return found
 
     def layers(self) -> dict[str, LayerState]:
@@ -184,13 +184,12 @@ def warn_of(notes: Mapping[str, Sequence[str]]) -> None:
             warnings.warn(f"layers {', '.join(paths)}: {note}. {remedy}", stacklevel=3)
 
 
-def warn_of_thresholds(net: nn.Module) -> None:
-    """Warn of neurons whose threshold has fallen to their reset voltage or lower bound."""
-    warn_of({path: notes_on_threshold(module) for path, module in net.named_modules()})
+def notes_on_thresholds(net: nn.Module) -> dict[str, list[str]]:
+    """The neurons of ``net`` whose threshold has fallen to their reset voltage or lower bound."""
+    return {path: _notes_on_threshold(module) for path, module in net.named_modules()}
 
 
-def notes_on_threshold(node: Any) -> list[str]:
-    """Whether the threshold of a neuron has fallen too far."""
+def _notes_on_threshold(node: Any) -> list[str]:
     if not isinstance(node, compat.NEURONS):
         return []
     threshold, least = torch.as_tensor(_threshold_of(node)), getattr(node, "min_v_threshold", None)

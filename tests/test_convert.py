@@ -289,8 +289,9 @@ def test_both_copy_a_net_that_keeps_what_it_computes(kind):
 
 def test_to_lif_names_thresholds_at_the_reset():
     net = nn.ModuleDict({"low": ALIFNode(v_threshold=-0.5), "fine": ALIFNode()})
-    with pytest.warns(UserWarning, match=r"^layers low: threshold at or below.*without any"):
+    with pytest.warns(UserWarning, match="^layers low: .* at or below.*without any") as caught:
         to_lif(net)
+    assert [warning.filename for warning in caught] == [__file__]
 
 
 @needs_2

@@ -19,7 +19,7 @@ from rich.progress import track
 
 from .._internal.context import eval_mode, seeded
 from .._internal.neurons import find_neurons
-from ..monitoring import monitor, warn_of_thresholds
+from ..monitoring import monitor, notes_on_thresholds, warn_of
 from .plot import draw_curves, draw_parameters, neuron_parameters
 
 log = logging.getLogger(__name__)
@@ -125,7 +125,7 @@ class History(L.Callback):
     def on_test_end(self, trainer: L.Trainer, task: Any) -> None:
         if not trainer.is_global_zero:
             return
-        warn_of_thresholds(task.model)
+        warn_of(notes_on_thresholds(task.model))
         if not self.draw:
             return
         loader: Any = trainer.test_dataloaders
