@@ -24,7 +24,7 @@ from sj_taid._internal.compat import FUNCTIONAL_STATES
 from sj_taid.ops import bits
 from sj_taid.ops.alif import reference
 from sj_taid.ops.alif.autograd import dynamics_of, spec_of
-from sj_taid.ops.alif.plan import Charge, Engine, Needs, Spec
+from sj_taid.ops.alif.plan import Spec
 from sj_taid.ops.surrogate import (
     DERIVATIVES,
     MultiLevelSpikeCount,
@@ -214,33 +214,6 @@ def compare(
     if launches is not None:
         found += _compare_launches(launches, expected_launches(case))
     return found
-
-
-def check_no_leak(engine: Engine, v_reset: float | None) -> None:
-    """Whether a neuron without leak adds up its input, for infinite voltages too."""
-    case = Case(v_reset, shape=(5, 3, 8, 4))
-    leaves = tensors(case)
-    x, v = leaves["x"], leaves["v0"]
-    with torch.no_grad():
-        for i, value in enumerate((math.inf, -math.inf, math.nan)):
-            x[1 + i, i], v[i, 7] = value, value
-    spec = make_spec(case)
-    constants = {"charge": Charge.NO_LEAK, "v_threshold": 0.8}
-    plan = engine.plan(spec._replace(dynamics=spec.dynamics._replace(**constants)))
-    operands: Any = 0.0, x.detach(), v.detach(), *[None] * 6
-    outputs, rows = plan.forward(*operands), []
-    grads: Any = [torch.randn_like(output) for output in outputs[:3] if output is not None]
-    for x_t in x:
-        h, threshold = v + x_t, torch.tensor(0.8)
-        spike = case.surrogate_function(h - threshold)
-        v = reference.reset(h, spike, threshold, v_reset, case.detach_reset)
-        rows.append((spike, v))
-    spikes, v_seq = map(torch.stack, zip(*rows, strict=True))
-    wanted = torch.autograd.grad((spikes, v, v_seq), (x, leaves["v0"]), grads)
-    needs = Needs(True, True, False, False, False)
-    found = plan.backward(needs, *grads, outputs[3], *operands)[:2]
-    for have, want, bound in ((outputs[:3], (spikes, v, v_seq), 0.0), (found, wanted, 1e-5)):
-        torch.testing.assert_close(have, want, rtol=bound, atol=bound, equal_nan=True)
 
 
 def expected_launches(case: Case) -> dict[str, int]:

@@ -1,6 +1,6 @@
 """NVRTC, NVIDIA's run-time compiler, called from Python: compiles the kernels without a GPU.
 
-    python -m tests.ops.alif.nvrtc --arch sm_90
+    python -m tests.ops.alif.nvrtc sm_90
 
 prints the registers and spills of the common kernels. The library comes with CUDA, with CUDA
 builds of PyTorch and with the ``nvidia-cuda-nvrtc`` wheel.
@@ -8,7 +8,6 @@ builds of PyTorch and with the ``nvidia-cuda-nvrtc`` wheel.
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import itertools
 import re
@@ -51,113 +50,83 @@ def library() -> ctypes.CDLL:
     )
 
 
-def version() -> str:
-    """The version of CUDA that the library is of."""
-    major, minor = ctypes.c_int(), ctypes.c_int()
-    library().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
-    return f"{major.value}.{minor.value}"
-
-
 def wheels(path: list[str]) -> list[Path]:
     """The libraries of NVRTC's wheels on ``path``, ``libnvrtc.so.13`` and so on, newest first."""
     found = (p for entry in path for p in Path(entry).glob("nvidia/*/lib/libnvrtc.so.*"))
     return sorted(found, key=lambda p: [*map(int, re.findall(r"\d+", p.name))], reverse=True)
 
 
-def resources(source: str, names: tuple[str, ...], arch: str) -> dict[str, Resources]:
+def resources(source: str, names: Sequence[str], arch: str) -> dict[str, Resources]:
     """Compile the kernels ``names`` (C++ name expressions) for ``arch``, such as ``"sm_90"``.
 
     Raises:
         RuntimeError: the source does not compile; the message is the compiler's log.
     """
-    with _Program(source, names, (f"--gpu-architecture={arch}", "--ptxas-options=-v")) as program:
-        log = program.log()
-        mangled = {program.lowered_name(name): name for name in names}
-    return {
-        mangled[entry[: entry.index("'")]]: Resources(
-            registers=_read_number(r"Used (\d+) registers", entry),
-            spill_stores=_read_number(r"(\d+) bytes spill stores", entry),
-            spill_loads=_read_number(r"(\d+) bytes spill loads", entry),
-            stack=_read_number(r"(\d+) bytes stack frame", entry),
-        )
-        for entry in re.split(r"Compiling entry function '", log)[1:]
-    }
-
-
-def _read_number(pattern: str, entry: str) -> int:
-    match = re.search(pattern, entry)
-    if match is None:
-        raise RuntimeError(f"expected {pattern!r} in ptxas's report, but it says:\n{entry}")
-    return int(match.group(1))
-
-
-class _Program:
-    def __init__(self, source: str, names: tuple[str, ...], options: tuple[str, ...]) -> None:
-        self._library = library()
-        self._program = ctypes.c_void_p()
-        self._call("CreateProgram", source.encode(), b"kernels.cu", 0, None, None, create=True)
+    program, options = ctypes.c_void_p(), [*kernels.COMPILER_OPTIONS, "--ptxas-options=-v"]
+    encoded = [option.encode() for option in (*options, f"--gpu-architecture={arch}")]
+    _call("CreateProgram", ctypes.byref(program), source.encode(), b"kernels.cu", 0, None, None)
+    try:
         for name in names:
-            self._call("AddNameExpression", name.encode())
-        encoded = [option.encode() for option in (*kernels.COMPILER_OPTIONS, *options)]
+            _call("AddNameExpression", program, name.encode())
         array = (ctypes.c_char_p * len(encoded))(*encoded)
         try:
-            self._call("CompileProgram", len(encoded), array)
+            _call("CompileProgram", program, len(encoded), array)
         except RuntimeError as error:
-            raise RuntimeError(f"{error}\n{self.log()}") from error
-
-    def __enter__(self) -> _Program:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._library.nvrtcDestroyProgram(ctypes.byref(self._program))
-
-    def log(self) -> str:
-        return self._text("ProgramLog")
-
-    def lowered_name(self, name: str) -> str:
-        lowered = ctypes.c_char_p()
-        self._call("GetLoweredName", name.encode(), ctypes.byref(lowered))
-        return (lowered.value or b"").decode()
-
-    def _text(self, what: str) -> str:
-        size = ctypes.c_size_t()
-        self._call(f"Get{what}Size", ctypes.byref(size))
-        buffer = ctypes.create_string_buffer(size.value)
-        self._call(f"Get{what}", buffer)
-        return buffer.value.decode()
-
-    def _call(self, function: str, *arguments: object, create: bool = False) -> None:
-        program = ctypes.byref(self._program) if create else self._program
-        status = getattr(self._library, f"nvrtc{function}")(program, *arguments)
-        if status:
-            self._library.nvrtcGetErrorString.restype = ctypes.c_char_p
-            reason = self._library.nvrtcGetErrorString(status).decode()
-            raise RuntimeError(f"nvrtc{function}: {reason}")
+            raise RuntimeError(f"{error}\n{_log(program)}") from error
+        mangled, lowered = {}, ctypes.c_char_p()
+        for name in names:
+            _call("GetLoweredName", program, name.encode(), ctypes.byref(lowered))
+            mangled[(lowered.value or b"").decode()] = name
+        entries = re.split(r"Compiling entry function '", _log(program))[1:]
+    finally:
+        _call("DestroyProgram", ctypes.byref(program))
+    return {mangled[entry[: entry.index("'")]]: _read(entry) for entry in entries}
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the resources of the common kernels."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def _read(entry: str) -> Resources:
+    """The numbers of ptxas's report of a kernel."""
+    units = "spill stores", "spill loads", "stack frame"
+    patterns = (r"Used (\d+) registers", *(rf"(\d+) bytes {unit}" for unit in units))
+    found = [re.search(pattern, entry) for pattern in patterns]
+    if not all(found):
+        raise RuntimeError(f"expected {patterns} in ptxas's report, but it says:\n{entry}")
+    return Resources(*(int(match[1]) for match in found if match))
+
+
+def _log(program: ctypes.c_void_p) -> str:
+    size = ctypes.c_size_t()
+    _call("GetProgramLogSize", program, ctypes.byref(size))
+    buffer = ctypes.create_string_buffer(size.value)
+    _call("GetProgramLog", program, buffer)
+    return buffer.value.decode()
+
+
+def _call(function: str, *arguments: object) -> None:
+    if status := getattr(library(), f"nvrtc{function}")(*arguments):
+        library().nvrtcGetErrorString.restype = ctypes.c_char_p
+        reason = library().nvrtcGetErrorString(status).decode()
+        raise RuntimeError(f"nvrtc{function}: {reason}")
+
+
+def main(arch: str = "") -> None:
+    """Print the resources of the common kernels, for the GPU here unless another is named."""
     here = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
-    parser.add_argument("--arch", default="sm_{}{}".format(*here), help="such as sm_90")
-    arch = parser.parse_args(arguments).arch
+    arch = arch or "sm_{}{}".format(*here)
     needs = kernels.NEED_X | kernels.NEED_W | kernels.NEED_V_THRESHOLD
-    names = []
+    names = {}
     for dtype, steps in itertools.product(kernels.SCALARS, (1, 2, 4, 8, 16, 24)):
         dynamics = Dynamics(Charge.DECAY_INPUT, None, None, 0.0, False, "Sigmoid", 0.0, 0.0)
         about = (dynamics, dtype, torch.device("cuda"), steps, 1, 1, 1, (), (), *[False] * 6)
         spec = Spec(*about)
         for name, vec in (kernels.forward(spec), kernels.backward(spec, needs, False)):
-            names.append(name.format(vec, 1))
+            names[name.format(vec, 1)] = None
     start = time.perf_counter()
-    found = resources(kernels.source(), tuple(dict.fromkeys(names)), arch)
+    found = resources(kernels.source(), [*names], arch)
     seconds = time.perf_counter() - start
-    print(f"NVRTC {version()}: {len(found)} kernels for {arch} compiled in {seconds:.1f} s")
+    print(f"{len(found)} kernels for {arch} compiled in {seconds:.1f} s by {library()._name}")
     for name, r in found.items():
         print(f"{r.registers:4} registers, {r.spill_stores} bytes spilled: {name}")
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

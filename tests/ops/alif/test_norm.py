@@ -40,19 +40,6 @@ def test_parameters_of_another_dtype_or_layout(change):
         assert torch.equal(got[name], want.to(got[name].dtype)), name
 
 
-@pytest.mark.parametrize("learns", [("x", "weight", "bias"), ("x",), ("weight",), ("bias",)])
-def test_second_derivatives_are_refused(learns):
-    leaves = tensors(IMAGES.with_(frozen=tuple({"x", "weight", "bias"} - {*learns})))
-    norm = BatchNorm(leaves["weight"], leaves["bias"], None, None, True, 0.1, 1e-5)
-    operands = (leaves["x"], 0.0, leaves["w"].detach(), leaves["v_threshold"].detach())
-    spikes = cpu.multi_step(*operands, **IMAGES.options(), store_v_seq=False, norm=norm)[0]
-    for name in learns:
-        again = {"create_graph": True, "retain_graph": True}
-        (g,) = torch.autograd.grad(spikes.sum(), leaves[name], **again)
-        with pytest.raises(RuntimeError, match="no second derivatives"):
-            g.square().sum().backward(retain_graph=True)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # of parameters
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("affine", [True, False])

@@ -11,7 +11,7 @@ from sj_taid._internal import compat
 from sj_taid.functional import alif_multi_step
 from sj_taid.ops.alif import reference
 from sj_taid.ops.surrogate import MultiLevelSpikeCount, counts, levels_of
-from tests.helpers import HALF, TOLERANCE, Case, count_grid, grid, results, tensors
+from tests.helpers import TOLERANCE, count_grid, grid, results, tensors
 
 F64 = torch.float64
 
@@ -81,16 +81,6 @@ def test_trace_of_counts(w, decay_input, trace):
     assert v_seq.flatten().tolist() == pytest.approx(v)
 
 
-@pytest.mark.parametrize("x", [torch.inf, -torch.inf, torch.nan])
-def test_counts_of_what_is_not_finite(x):
-    fires = MultiLevelSpikeCount(4)
-    spikes, _, _ = alif_multi_step(
-        torch.tensor([[x]]), 0.0, None, torch.ones(()), v_reset=None, surrogate_function=fires
-    )
-    expected = torch.tensor([[x]]).clamp(0, 4)  # NaN stays NaN
-    torch.testing.assert_close(spikes, expected, rtol=0, atol=0, equal_nan=True)
-
-
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
@@ -102,19 +92,6 @@ def test_options_that_fit_no_counts_are_refused(options, expected):
     fits = {"w": torch.zeros(()), "v_reset": None, "surrogate_function": MultiLevelSpikeCount(4)}
     with pytest.raises(ValueError, match=expected):
         alif_multi_step(torch.ones(2, 3), 0.0, v_threshold=torch.ones(()), **fits | options)
-
-
-# A detached reset is left out: its gradient is not the derivative of the forward pass, by design.
-@pytest.mark.parametrize("case", [c for c in grid(dtypes=(F64,)) if not c.detach_reset], ids=str)
-def test_gradcheck_with_a_smooth_surrogate(case):
-    smooth = surrogate.Sigmoid(spiking=False)
-    case = case.with_(surrogate_function=smooth, shape=(4, 2, 3), channels=case.channels and 3)
-    leaves = tensors(case)
-
-    def run(x, v0, w, v_threshold):
-        return reference.multi_step(x, v0, w, v_threshold, store_v_seq=True, **case.options())
-
-    assert torch.autograd.gradcheck(run, tuple(leaves.values()))
 
 
 def derived_gradients(case, leaves, cotangents):
@@ -200,6 +177,8 @@ def test_equals_spikingjellys_plif_to_the_bit(dtype, v_reset, decay_input):
         init_tau=3.0, decay_input=decay_input, v_threshold=0.8, v_reset=v_reset, step_mode="m"
     ).to(dtype)
     x_seq = torch.randn(8, 4, 33, dtype=dtype) + 0.5
+    if decay_input:
+        x_seq[3, 0, :3] = torch.tensor([torch.inf, -torch.inf, torch.nan])
     got, v, _ = alif_multi_step(
         x_seq,
         v_reset or 0.0,
@@ -211,35 +190,7 @@ def test_equals_spikingjellys_plif_to_the_bit(dtype, v_reset, decay_input):
     )
     assert torch.equal(got, plif(x_seq))
     if compat.FUNCTIONAL_STATES or decay_input or v_reset:
-        assert torch.equal(v, plif.v)
+        torch.testing.assert_close(v, plif.v, rtol=0, atol=0, equal_nan=True)
     else:  # 0.0.0.0.14 rounds v (1 - q) + x here, 2.x v - q v + x
         error = (v - plif.v).abs().max().item()
         assert 0.0 < error <= TOLERANCE[dtype]["value"] * plif.v.abs().max().item()
-
-
-@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
-@pytest.mark.parametrize("v_reset", [0.0, 0.25, None])
-def test_voltages_that_are_not_finite_are_spikingjellys(value, v_reset):
-    x_seq = torch.full((5, 1), 1.5)
-    x_seq[1] = value
-    plif = neuron.ParametricLIFNode(v_reset=v_reset, step_mode="m", store_v_seq=True)
-    expected = plif(x_seq)
-    one = torch.ones(())
-    spikes, _, v_seq = alif_multi_step(
-        x_seq, v_reset or 0.0, 0 * one, one, v_reset=v_reset, store_v_seq=True, backend="torch"
-    )
-    assert torch.equal(spikes, expected)
-    torch.testing.assert_close(v_seq, plif.v_seq, rtol=0, atol=0, equal_nan=True)
-
-
-@pytest.mark.parametrize("dtype", HALF)
-def test_half_input_is_computed_in_float32(dtype):
-    case = Case(dtype=dtype, shape=(5, 2, 3))
-    got = results(reference.multi_step, case)
-    leaves = tensors(case)
-    leaves["x"] = leaves["x"].detach().float().requires_grad_()
-    exact = results(reference.multi_step, case.with_(dtype=torch.float32), leaves)
-    assert got["spike_seq"].dtype == got["grad_x"].dtype == dtype
-    assert got["v"].dtype == got["grad_w"].dtype == torch.float32
-    assert torch.equal(got["spike_seq"].float(), exact["spike_seq"])
-    assert torch.equal(got["v"], exact["v"])

@@ -1,0 +1,143 @@
+"""What both fused backends do: the loops of the CPU, and the kernels, built for the host."""
+
+import math
+
+import pytest
+import torch
+
+from sj_taid.ops import bits
+from sj_taid.ops.alif import reference
+from sj_taid.ops.alif.plan import Charge, Needs
+from sj_taid.ops.surrogate import MultiLevelSpikeCount
+from tests.helpers import (
+    HALF,
+    Case,
+    assert_close,
+    assert_counts_at_their_edges,
+    assert_not_finite_alike,
+    results,
+    tensors,
+)
+from tests.ops.alif.conformance import compare, make_spec, pairwise
+from tests.ops.alif.host import GXX, shifted
+
+COUNTS = MultiLevelSpikeCount(4)
+
+
+@pytest.fixture(params=["numba", "cupy"])
+def fused(request):
+    """A backend's module, for tensors on the CPU."""
+    if request.param == "numba":
+        return pytest.importorskip("sj_taid.ops.alif.cpu", reason="needs numba: pip install numba")
+    if GXX is None:
+        pytest.skip("needs g++ to compile kernels.cu as C++")
+    return request.getfixturevalue("launcher").cuda
+
+
+SHAPES = [
+    (1, 1),  # one step of one neuron
+    (5, 3),  # no channel axis
+    (3, 0, 5),  # an empty batch
+    (3, 5, 0, 2),
+    (3, 2, 1, 7),  # one channel
+    (4, 3, 5, 7, 3),  # nothing divides a vector
+    (300, 2, 3),  # long: the narrowest blocks
+    (2, 70, 131),  # several blocks, cut inside a channel
+    (2, 3, 5, 33, 67),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_shapes(fused, shape):
+    norm = None
+    if len(shape) > 2 and shape[2]:
+        norm = "batch" if math.prod(shape) else "fixed"
+    for case in (
+        Case(shape=shape),
+        Case(shape=shape, v_init=False, through=("spike_seq", "v")),
+        Case(shape=shape, v_init=False, channels=shape[2] if len(shape) > 2 else None, norm=norm),
+        Case(None, shape=shape, surrogate_function=COUNTS),
+    ):
+        assert not compare(case, fused.multi_step)
+
+
+NOT_FINITE = {
+    "v_reset": (0.0, -0.25, None),
+    "detach_reset": (False, True),
+    "decay_input": (False, True),
+    "channels": (None, 5),
+    "dtype": (torch.float32, torch.bfloat16),
+    "norm": (None, "fixed"),
+}
+NOT_FINITE_COUNTS = NOT_FINITE | {"v_reset": (None,), "norm": (None,), "stateless": (False, True)}
+CASES = [Case(**row, shape=(6, 40, 5)) for row in pairwise(NOT_FINITE)]
+CASES += [
+    Case(**row, shape=(6, 40, 5), surrogate_function=COUNTS) for row in pairwise(NOT_FINITE_COUNTS)
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_infinities_and_nan(fused, case):
+    assert_not_finite_alike(fused.multi_step, reference.multi_step, case)
+
+
+@pytest.mark.parametrize("v_reset", [0.0, 0.25, None])
+def test_no_leak_is_a_plain_sum_for_infinite_voltages_too(fused, v_reset):
+    case = Case(v_reset, shape=(5, 3, 8, 4))
+    leaves = tensors(case)
+    x, v = leaves["x"], leaves["v0"]
+    with torch.no_grad():
+        for i, value in enumerate((math.inf, -math.inf, math.nan)):
+            x[1 + i, i], v[i, 7] = value, value
+    spec = make_spec(case)
+    constants = {"charge": Charge.NO_LEAK, "v_threshold": 0.8}
+    plan = fused.ENGINE.plan(spec._replace(dynamics=spec.dynamics._replace(**constants)))
+    operands = 0.0, x.detach(), v.detach(), *[None] * 6
+    outputs, rows = plan.forward(*operands), []
+    grads = [torch.randn_like(output) for output in outputs[:3]]
+    for x_t in x:
+        h, threshold = v + x_t, torch.tensor(0.8)
+        spike = case.surrogate_function(h - threshold)
+        v = reference.reset(h, spike, threshold, v_reset, case.detach_reset)
+        rows.append((spike, v))
+    spikes, v_seq = map(torch.stack, zip(*rows, strict=True))
+    wanted = torch.autograd.grad((spikes, v, v_seq), (x, leaves["v0"]), grads)
+    needs = Needs(True, True, False, False, False)
+    found = plan.backward(needs, *grads, outputs[3], *operands)[:2]
+    for have, want, bound in ((outputs[:3], (spikes, v, v_seq), 0.0), (found, wanted, 1e-5)):
+        torch.testing.assert_close(have, want, rtol=bound, atol=bound, equal_nan=True)
+
+
+@pytest.mark.parametrize("changes", [{}, {"stateless": True}, {"dtype": torch.bfloat16}], ids=str)
+def test_counts_at_their_edges(fused, changes):
+    assert_counts_at_their_edges(fused.multi_step, reference.multi_step, **changes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("most", [1, 15])
+@pytest.mark.parametrize(("T", "neurons"), [(1, 1), (13, 3), (4, 80), (24, 2081), (8, 0)])
+def test_whole_numbers_are_packed_and_unpacked(fused, T, neurons, most, dtype):
+    values = torch.arange(T * neurons).remainder(most + 1).view(T, neurons).to(dtype)
+    want, engine = bits.pack(values, most), fused.ENGINE
+    assert want.shape == bits.packed_shape(most, T, neurons)
+    for given in (values, shifted(values)):
+        assert torch.equal(engine.pack(given, most), want)
+        for unpack_into in (engine.unpack_into, bits.unpack_into):
+            for back in (torch.full_like(values, 7.0), shifted(torch.full_like(values, 7.0))):
+                unpack_into(want, back)
+                assert torch.equal(back, values)
+
+
+def test_one_parameter_may_be_per_layer_and_the_other_per_channel(fused):
+    case = Case(shape=(4, 3, 8, 2))
+    leaves = tensors(case) | {"v_threshold": torch.linspace(0.6, 1.3, 8).requires_grad_()}
+    got, want = (results(f, case, leaves) for f in (fused.multi_step, reference.multi_step))
+    assert_close(got, want, torch.float32, scale=200)
+
+
+def test_without_gradients_nothing_is_saved(fused):
+    case = Case(shape=(24, 3, 5))
+    with torch.no_grad():
+        leaves = tensors(case).values()
+        spikes, v, v_seq = fused.multi_step(*leaves, store_v_seq=False, **case.options())
+    assert spikes.grad_fn is None and v.grad_fn is None and v_seq is None
