@@ -168,7 +168,7 @@ def _decide(
     v_reset = None if node.v_reset is None else float(node.v_reset)
     dynamics = Dynamics(
         *(charge, number, threshold, v_reset, bool(node.detach_reset)),
-        *(*derivatives.derivative_of(function), derivatives.levels_of(function)),
+        *derivatives.derivative_of(function),
     )
     tensors = [t for t in (w, v_threshold) if t is not None]
     per_channel = any(t.dim() for t in tensors)

@@ -308,12 +308,13 @@ def key_of(surrogate_function: Any) -> tuple[Any, ...]:
 _READERS: dict[type, Any] = {}
 
 
-def derivative_of(surrogate_function: Any) -> tuple[str, float, float]:
-    """The name of a supported surrogate's class, and its constants ``(a, b)``.
+def derivative_of(surrogate_function: Any) -> tuple[str, float, float, int]:
+    """A supported surrogate's class, its constants ``(a, b)``, and the most that a step gives.
 
     >>> derivative_of(surrogate.PiecewiseQuadratic(alpha=4.0))
-    ('PiecewiseQuadratic', 4.0, 0.25)
+    ('PiecewiseQuadratic', 4.0, 0.25, 1)
     """
     derivative = DERIVATIVES[type(surrogate_function)]
     a, b = derivative.constants(*(getattr(surrogate_function, p) for p in derivative.parameters))
-    return type(surrogate_function).__name__, float(a), float(b)
+    kind = type(surrogate_function).__name__
+    return kind, float(a), float(b), levels_of(surrogate_function)

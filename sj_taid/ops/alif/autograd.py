@@ -6,6 +6,7 @@ a norm's mean and rstd, and the plan's checkpoints; the rest is recomputed.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -72,11 +73,11 @@ class FusedALIF(torch.autograd.Function):
         )
         arguments = (
             Needs(need_x, need_v0, need_w, need_v_threshold, need_weight or need_bias),
+            v_init,
             arranged(grad_spike_seq, order),
             arranged(grad_v, step),
             arranged(grad_v_seq, order),
             checkpoint if checkpoint is None else checkpoint.contiguous(),
-            v_init,
             arranged(x, strides),
             arranged(v0, step),
             *parameters,
@@ -119,8 +120,8 @@ class _Backward(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(plan: Any, *arguments: Any) -> tuple[Tensor | None, ...]:
-        return plan.backward(*arguments)
+    def forward(plan: Any, needs: Any, v_init: Any, *tensors: Any) -> tuple[Tensor | None, ...]:
+        return plan.backward(needs, v_init, tensors[:4], tensors[4:])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -165,7 +166,7 @@ def multi_step(
         w, v_threshold = torch.broadcast_tensors(w.to(dtype), v_threshold)
         w = w.contiguous()
     v_threshold, v_init = v_threshold.contiguous(), 0.0 if v0 is not None else v
-    dynamics = dynamics_of(w, **options)
+    dynamics = dynamics_of(w, options)
     if compiles:
         about: Any = int(dynamics.charge), *dynamics[3:], store_v_seq
         spike_seq, v_last, v_seq = compiled.alif(x_seq, v0, v_init, w, v_threshold, *about)
@@ -185,13 +186,9 @@ def multi_step(
     return results if return_bits else results[:3]
 
 
-def dynamics_of(
-    w: Tensor | None, decay_input: bool, v_reset: float | None, surrogate_function: Any,
-    detach_reset: bool,
-) -> Dynamics:  # fmt: skip
+def dynamics_of(w: Tensor | None, options: Mapping[str, Any]) -> Dynamics:
     """The dynamics of a call with tensors."""
-    charge = Charge.DECAY_INPUT if decay_input else Charge.LEAK
-    return Dynamics(
-        *(Charge.NO_STATE if w is None else charge, None, None, v_reset, detach_reset),
-        *(*surrogate.derivative_of(surrogate_function), surrogate.levels_of(surrogate_function)),
-    )
+    charge = Charge.DECAY_INPUT if options["decay_input"] else Charge.LEAK
+    charge = Charge.NO_STATE if w is None else charge
+    about = charge, None, None, options["v_reset"], options["detach_reset"]
+    return Dynamics(*about, *surrogate.derivative_of(options["surrogate_function"]))

@@ -36,11 +36,9 @@ def _plan_of(x: Tensor, v_threshold: Tensor, dynamics: Any, store_v_seq: bool, s
     mutates_args=(),
     schema=f"({_NEURON}, {_DYNAMICS}, bool store_v_seq) -> (Tensor, Tensor, Tensor)",
 )
-def alif(
-    x: Tensor, v0: Any, v_init: float, w: Any, v_threshold: Tensor, *options: Any
-) -> tuple[Tensor, ...]:
+def alif(*arguments: Any) -> tuple[Tensor, ...]:
     """Spikes, last voltage and, if asked for, every voltage; else a tensor of no elements."""
-    *dynamics, store_v_seq = options
+    x, v0, v_init, w, v_threshold, *dynamics, store_v_seq = arguments
     x = x if is_dense(x) else x.contiguous()  # Inductor compares the layout of what it is given
     v0 = arranged(v0, x.stride()[1:])
     plan = _plan_of(x, v_threshold, dynamics, store_v_seq, False)
@@ -49,11 +47,9 @@ def alif(
 
 
 @alif.register_fake
-def _(
-    x: Tensor, v0: Any, v_init: float, w: Any, v_threshold: Tensor, *options: Any
-) -> tuple[Tensor, ...]:
+def _(x: Tensor, *others: Any) -> tuple[Tensor, ...]:
     dtype = state_dtype(x.dtype)
-    v_seq = torch.empty_like(x, dtype=dtype) if options[-1] else x.new_empty(0, dtype=dtype)
+    v_seq = torch.empty_like(x, dtype=dtype) if others[-1] else x.new_empty(0, dtype=dtype)
     return torch.empty_like(x), torch.empty_like(x[0], dtype=dtype), v_seq
 
 
@@ -62,29 +58,24 @@ def _(
     mutates_args=(),
     schema=f"({_GRADS}, {_NEURON}, {_DYNAMICS}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
 )
-def alif_backward(
-    grad_spike: Any, grad_v: Any, grad_v_seq: Any, x: Tensor, v0: Any, v_init: float,
-    w: Any, v_threshold: Tensor, *options: Any,
-) -> tuple[Tensor, ...]:  # fmt: skip
+def alif_backward(grad_spike: Any, grad_v: Any, grad_v_seq: Any, *others: Any) -> tuple[Any, ...]:
     """The gradients of x, v0, w and v_threshold; of no elements where they are not needed."""
-    *dynamics, needs = options
+    x, v0, v_init, w, v_threshold, *dynamics, needs = others
     x = x if is_dense(x) else x.contiguous()
     strides, step = x.stride(), x.stride()[1:]
     plan = _plan_of(x, v_threshold, dynamics, grad_v_seq is not None, True)
-    operands = v_init, x, arranged(v0, step), w, v_threshold, *_NO_NORM
-    checkpoint = plan.forward(*operands)[3] if plan.has_checkpoint else None
+    operands = x, arranged(v0, step), w, v_threshold, *_NO_NORM
+    checkpoint = plan.forward(v_init, *operands)[3] if plan.has_checkpoint else None
     grads = arranged(grad_spike, strides), arranged(grad_v, step), arranged(grad_v_seq, strides)
-    found = plan.backward(Needs._make([*needs, False]), *grads, checkpoint, *operands)
+    found = plan.backward(Needs._make([*needs, False]), v_init, (*grads, checkpoint), operands)
     return tuple(x.new_empty(0) if grad is None else grad for grad in found[:4])
 
 
 @alif_backward.register_fake
-def _(
-    grad_spike: Any, grad_v: Any, grad_v_seq: Any, x: Tensor, v0: Any, v_init: float,
-    w: Any, v_threshold: Tensor, *options: Any,
-) -> tuple[Tensor, ...]:  # fmt: skip
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    x, _, _, _, v_threshold, *_, needs = arguments[3:]
     likes = x, x[0].to(state_dtype(x.dtype)), v_threshold, v_threshold
-    pairs = zip(options[-1], likes, strict=True)
+    pairs = zip(needs, likes, strict=True)
     return tuple(torch.empty_like(like) if need else x.new_empty(0) for need, like in pairs)
 
 

@@ -6,6 +6,7 @@ device and PyTorch's current stream, read at every launch (backward runs in anot
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections import Counter
 from functools import cache, lru_cache, partial
@@ -177,19 +178,20 @@ def unpack_into(packed: Tensor, values: Tensor) -> None:
 
 
 def _launch_packing(name: str, values: Tensor, packed: Tensor, size: tuple[int, int]) -> None:
-    about = (packed.numel(), packed.dim() == 1, kernels.is_aligned(values, packed))
-    _prepare_packing(name, values.dtype, values.device, *size, *about)(values, packed)
+    about = packed.dim() == 1, kernels.is_aligned(values, packed)
+    _prepare_packing(name, values.dtype, values.device, size, *about)(values, packed)
 
 
 @lru_cache(maxsize=1024)
 def _prepare_packing(
-    name: str, dtype: torch.dtype, device: Any, steps: int, neurons: int, bytes_: int,
-    counts: bool, aligned: bool,
-) -> _Launch:  # fmt: skip
+    name: str, dtype: torch.dtype, device: Any, size: tuple[int, int], counts: bool, aligned: bool
+) -> _Launch:
+    steps, neurons = size
     vec = kernels.ALIGNMENT // dtype.itemsize  # bytes of a thread, and neighbouring values
     if not aligned or neurons % (2 * vec if counts else vec):
         vec = 1
-    threads = bytes_ // vec
+    most = bits.LARGEST_COUNT if counts else 1
+    threads = math.prod(bits.packed_shape(most, steps, neurons)) // vec
     constants, blocks = array("q", (threads, steps, neurons)), -(-threads // kernels.BLOCK)
     kernel = f"{name}<{kernels.SCALARS[dtype]},{vec},{counts:d}>"
     return _prepare(device, kernel, constants, blocks)

@@ -25,10 +25,6 @@ SEGMENT = 8  # steps per segment
 LONGEST_SWEEP = 16  # steps without segments, in float32; half precision takes SEGMENT
 SOFT, HARD, HARD_TO_ZERO, COUNTS = range(4)  # counts reset softly
 NEED_X, NEED_W, NEED_V_THRESHOLD, NEED_NORM = 1, 2, 4, 8
-_CONSTANTS = (
-    *("BLOCK", "ADDERS", "SEGMENT", "LONGEST_SWEEP", "SOFT", "HARD", "HARD_TO_ZERO", "COUNTS"),
-    *("NEED_X", "NEED_W", "NEED_V_THRESHOLD", "NEED_NORM"),
-)
 
 #: CuPy adds ``--ftz=true`` by itself: a voltage below 1.2e-38 is flushed to zero.
 COMPILER_OPTIONS = ("--std=c++17", "--fmad=false", "--ftz=true")
@@ -52,8 +48,12 @@ _NORM_BACKWARD_VEC: _Vecs = ((2, (4, 4)), (4, (2, 2)), (math.inf, (1, 2)))
 
 def source() -> str:
     """``kernels.cu`` after the constants above and the charges, and each surrogate's derivative."""
-    values = {name: globals()[name] for name in _CONSTANTS} | Charge.__members__
-    constants = (f"constexpr int {name} = {int(value)};\n" for name, value in values.items())
+    values = {**globals(), **Charge.__members__}
+    constants = (
+        f"constexpr int {name} = {int(value)};\n"
+        for name, value in values.items()
+        if name.isupper() and isinstance(value, int)
+    )
     structs = (
         f"struct {kind.__name__} {{ static __device__ __forceinline__ float derivative("
         f"float x, float a, float b) {{ {derivative.cuda} }} }};\n"

@@ -165,13 +165,13 @@ class Plan:
         return *outputs[:4], self.pack(outputs[0], self.spec.dynamics.levels)
 
     def backward(
-        self, needs: Needs, grad_spike: Tensor | None, grad_v: Tensor | None,
-        grad_v_seq: Tensor | None, checkpoint: Tensor | None, v_init: float, *operands: Any,
-    ) -> tuple[Tensor | None, ...]:  # fmt: skip
+        self, needs: Needs, v_init: float, given: tuple[Any, ...], operands: tuple[Any, ...]
+    ) -> tuple[Tensor | None, ...]:
         """The gradients of x, v0, w, v_threshold, weight and bias; ``None`` if not needed.
 
-        The given ones have the memory order of the spec, ``grad_spike`` its dtype, the others
-        float32. That of x has the shape and strides of x; those of parameters are float32.
+        ``given`` are those of spikes, last and every voltage, in the memory order of the spec, the
+        first in its dtype, the others float32; and the checkpoint. The gradient of x has the shape
+        and strides of x; those of parameters are float32.
         """
         channels = self.spec.channels
         size = (channels,) if self.spec.per_channel else ()
@@ -183,7 +183,6 @@ class Plan:
             self.new(channels) if needs.norm else None,
             self.new(channels) if needs.norm else None,
         )
-        given = grad_spike, grad_v, grad_v_seq, checkpoint
         self.start_backward(needs, v_init, operands, given, grads)
         return grads
 

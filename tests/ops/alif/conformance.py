@@ -141,7 +141,7 @@ def make_case(row: Mapping[str, Any]) -> Case:
 def make_spec(case: Case, x: Tensor | None = None, **changes: Any) -> Spec:
     """The spec of a case's call, in which w and the threshold learn."""
     x = tensors(case)["x"] if x is None else x
-    dynamics = dynamics_of(None if case.stateless else x, **case.options())
+    dynamics = dynamics_of(None if case.stateless else x, case.options())
     norm = (case.norm is not None, case.norm == "fixed")
     options = ("v_seq" in case.through, case.pack, True)
     spec = spec_of(x, dynamics, case.channels is not None, *norm, *options)

@@ -353,7 +353,7 @@ def test_the_operator_of_a_compiled_graph(case):
     """Schema, no aliasing, gradients, and fake outputs of the right shapes, dtypes and strides."""
     leaves = tensors(case)
     v0, w = leaves["v0"], None if case.stateless else leaves["w"]
-    dynamics = dynamics_of(w, **case.options())
+    dynamics = dynamics_of(w, case.options())
     for v_init, store_v_seq in ((v0, True), (None, False)):
         operands = (leaves["x"], v_init, 0.0, w, leaves["v_threshold"])
         arguments = (*operands, int(dynamics.charge), *dynamics[3:], store_v_seq)

@@ -92,8 +92,8 @@ def test_no_leak_is_a_plain_sum_for_infinite_voltages_too(fused, v_reset):
     spec = make_spec(case)
     constants = {"charge": Charge.NO_LEAK, "v_threshold": 0.8}
     plan = fused.ENGINE.plan(spec._replace(dynamics=spec.dynamics._replace(**constants)))
-    operands = 0.0, x.detach(), v.detach(), *[None] * 6
-    outputs, rows = plan.forward(*operands), []
+    operands = x.detach(), v.detach(), *[None] * 6
+    outputs, rows = plan.forward(0.0, *operands), []
     grads = [torch.randn_like(output) for output in outputs[:3]]
     for x_t in x:
         h, threshold = v + x_t, torch.tensor(0.8)
@@ -103,7 +103,7 @@ def test_no_leak_is_a_plain_sum_for_infinite_voltages_too(fused, v_reset):
     spikes, v_seq = map(torch.stack, zip(*rows, strict=True))
     wanted = torch.autograd.grad((spikes, v, v_seq), (x, leaves["v0"]), grads)
     needs = Needs(True, True, False, False, False)
-    found = plan.backward(needs, *grads, outputs[3], *operands)[:2]
+    found = plan.backward(needs, 0.0, (*grads, outputs[3]), operands)[:2]
     for have, want, bound in ((outputs[:3], (spikes, v, v_seq), 0.0), (found, wanted, 1e-5)):
         torch.testing.assert_close(have, want, rtol=bound, atol=bound, equal_nan=True)
 

@@ -603,15 +603,7 @@ def _derivative(name: str) -> Any:
 
 
 @cache
-def row_for(
-    name: str,
-    charge: int,
-    soft: bool,
-    detach_reset: bool,
-    learn_w: bool,
-    learn_threshold: bool,
-    norm: bool,
-) -> Callable[..., None]:
+def row_for(name, charge, soft, detach_reset, learn_w, learn_threshold, norm):
     """One step backward of neighbouring neurons, for a surrogate and options."""
     counts, derivative = name == COUNT, _derivative(name)
 

@@ -74,15 +74,9 @@ class CpuPlan(Plan):
     def _backward(self, needs: Needs) -> Call:
         """The call for these gradients: in two passes where those of x need a norm's sums first."""
         spec, neuron = self.spec, self.spec.dynamics
-        function = loops.row_for(
-            neuron.surrogate,
-            int(neuron.charge),
-            neuron.v_reset is None,
-            neuron.detach_reset,
-            needs.w,
-            needs.v_threshold,
-            spec.norm,
-        )
+        options = int(neuron.charge), neuron.v_reset is None, neuron.detach_reset
+        learns = needs.w, needs.v_threshold
+        function = loops.row_for(neuron.surrogate, *options, *learns, spec.norm)
         row = loops.compile_function(function, loops.ROW_SIGNATURE).address
         needs_sums = spec.norm and not spec.fixed_norm and needs.x
         passes: tuple[dict[str, float], ...] = ({"norm_sums": needs.norm},)
@@ -109,12 +103,12 @@ class _HalfPlan(CpuPlan):
         spike, *rest = super().forward(v_init, x.float(), *others)
         return spike.to(self.spec.dtype), *rest
 
-    def backward(self, needs: Needs, *arguments: Any) -> tuple[Tensor | None, ...]:
-        grad_spike, grad_v, grad_v_seq, checkpoint, v_init, x, *others = arguments
-        grads = None if grad_spike is None else grad_spike.float(), grad_v, grad_v_seq
-        found = super().backward(needs, *grads, checkpoint, v_init, x.float(), *others)
-        grad_x, *rest = found
-        return None if grad_x is None else grad_x.to(self.spec.dtype), *rest
+    def backward(self, needs: Needs, v_init: float, given: Any, operands: Any) -> tuple[Any, ...]:
+        (grad_spike, *others), (x, *rest) = given, operands
+        grad_spike = grad_spike if grad_spike is None else grad_spike.float()
+        operands = x.float(), *rest
+        grad_x, *grads = super().backward(needs, v_init, (grad_spike, *others), operands)
+        return grad_x if grad_x is None else grad_x.to(self.spec.dtype), *grads
 
 
 def _make_plan(spec: Spec) -> CpuPlan:

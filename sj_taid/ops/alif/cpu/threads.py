@@ -72,7 +72,8 @@ def partition(
     if whole:
         group, ranges = group_size(channels, inner), 1
         part_size = neurons // channels * group
-        room = _pad(part_size)
+        # An odd number of cache lines: else all rows would compete for the same sets of the cache.
+        room = part_size // 32 * 32 + 48
         run = inner * group if group < channels else neurons
         block = -(-run // -(-run // block))  # even pieces of a run
     return {
@@ -90,11 +91,6 @@ def partition(
         "inner": inner,
         "channels": channels,
     }
-
-
-def _pad(size: int) -> int:
-    """An odd number of cache lines: otherwise all rows would compete for the same cache sets."""
-    return size // 32 * 32 + 48
 
 
 def group_size(channels: int, inner: int) -> int:
