@@ -37,15 +37,9 @@ def build(
 ) -> Any:
     """Build what a config describes: each ``_target_`` in it, called with the entries next to it.
 
-    The innermost are built first. With ``_partial_`` it is a partial of the class. Nothing is
-    called if one of the names is not trusted.
-
-    Args:
-        config: nested dictionaries and lists.
-        trust: full names of custom classes that may be called next to ``trusted`` ones; None
-            where the user has no say, and the values were checked when they were saved.
-        keys: where a class's arguments are in the user's config, for errors.
-        trusted: modules whose public classes may be called.
+    With ``_partial_`` it is a partial of the class. Nothing is called if one of the names is not
+    trusted (:func:`find_class`). Without ``trust`` values are not checked, since they were when
+    they were saved; ``keys`` has where a class's arguments are in the user's config, for errors.
 
     Raises:
         ValueError: a class that is not trusted, or that does not take its arguments.
@@ -94,7 +88,8 @@ def _targets(node: Any) -> Iterator[Any]:
 def find_class(
     name: Any, trust: str | Collection[str] | None = None, trusted: Collection[str] = TRUSTED
 ) -> Any:
-    """The class of this full name, in one of the ``trusted`` modules or named by ``trust``.
+    """The class of this full name: public in one of the ``trusted`` modules, or a custom one that
+    is named by ``trust``, which is None where the user has no say.
 
     Raises:
         ValueError: it is not trusted, or there is none.

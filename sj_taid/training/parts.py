@@ -84,11 +84,10 @@ def build_parts(cfg: DictConfig) -> Parts:
     data = make(OmegaConf.to_container(cfg.dataset, resolve=True))
     complete(cfg, data)
     values: Any = OmegaConf.to_container(cfg, resolve=True)
-    names = ("metric", "callbacks", "logger", "trainer")
-    others = {name: values.get(name) for name in names}
-    training = {name: values.get(name) for name in ("model", "optimizer")}
+    task = values["task"] | {name: values.get(name) for name in ("model", "optimizer")}
+    others = {name: values.get(name) for name in ("metric", "callbacks", "logger", "trainer")}
     L.seed_everything(cfg.seed, workers=True, verbose=False)
-    built = make({"task": values["task"] | training} | others)
+    built = make({"task": task, **others})
     return Parts(
         model=prepare(built["task"].model, cfg.accelerate),
         data=data,

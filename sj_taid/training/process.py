@@ -6,7 +6,7 @@ import os
 import platform
 import shlex
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -53,15 +53,21 @@ def given_overrides() -> dict[str, str]:
     return {key_of(override): override for override in overrides}
 
 
-def command_line(command: str, earlier: Sequence[str] = ()) -> dict[str, Any]:
-    """The overrides and the command of Hydra's job, without paths that are no choices.
+def command_line(command: str, earlier: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Choices, overrides and command of Hydra's job, without paths that are no choices.
 
-    The job's overrides are added to ``earlier`` ones, or replace them.
+    The overrides are added to those of the ``earlier`` job that it resumes, or replace them.
     """
-    ignored = HydraConfig.get().job.config.override_dirname.exclude_keys
-    given = {key_of(override): override for override in earlier} | given_overrides()
-    overrides = [override for key, override in given.items() if key not in ignored]
-    return {"overrides": overrides, "command": shlex.join(["sj-taid", command, *overrides])}
+    job, earlier = HydraConfig.get(), earlier or {"overrides": []}
+    chosen = {k: v for k, v in job.runtime.choices.items() if not k.startswith("hydra/")}
+    given = {key_of(override): override for override in earlier["overrides"]} | given_overrides()
+    paths = job.job.config.override_dirname.exclude_keys
+    overrides = [override for key, override in given.items() if key not in paths]
+    return {
+        "choices": earlier.get("choices", chosen),
+        "overrides": overrides,
+        "command": shlex.join(["sj-taid", command, *overrides]),
+    }
 
 
 def provenance() -> dict[str, Any]:

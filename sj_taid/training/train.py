@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.callbacks import LambdaCallback, ProgressBar
 from omegaconf import DictConfig, OmegaConf
 
+from .._internal.build import is_below
 from ..calibration import calibrate
 from ..pretrained import start_from
 from .callbacks import History, RandomNumbers, Stopwatch
@@ -29,24 +29,23 @@ from .process import (
     reuse_freed_memory,
     silence_notes,
 )
-from .run import Run, is_first_process
+from .run import RESUME_MAY_CHANGE, Run, is_first_process
 
 log = logging.getLogger(__name__)
 
 
 def main(cfg: DictConfig) -> float | None:
     """Train the job that Hydra composed, unless it is finished; returns the objective's value."""
-    job = HydraConfig.get()
-    run = Run(run_folder(cfg.resume, job.runtime.output_dir))
-    choices = {k: v for k, v in job.runtime.choices.items() if not k.startswith("hydra/")}
-    earlier: Sequence[str] = ()
-    if wandb := sys.modules.get("wandb"):
-        wandb.finish()  # or Lightning would continue an earlier job's run
-    with run.lock(), explain_resuming(run):
-        if cfg.resume:
-            cfg = resumed_config(cfg, run)
-            choices, earlier = run.origin["choices"], run.origin["overrides"]
-        metrics = train(cfg, run.folder, choices=choices, **command_line("train", earlier))
+    run = Run(run_folder(cfg.resume, HydraConfig.get().runtime.output_dir))
+    try:
+        with run.lock(), explain_resuming(run):
+            origin = command_line("train", run.origin if cfg.resume else None)
+            if cfg.resume:
+                cfg = resumed_config(cfg, run)
+            metrics = train(cfg, run.folder, **origin)
+    finally:
+        if wandb := sys.modules.get("wandb"):
+            wandb.finish()  # or Lightning would continue the run in the next job
     if is_first_process():
         log.info("%s", closing_lines(run))
     return metrics.get(cfg.objective)
@@ -115,12 +114,11 @@ def train(cfg: DictConfig, folder: str | Path, **origin: Any) -> dict[str, Any]:
 
 def resumed_config(cfg: DictConfig, run: Run) -> DictConfig:
     """The config of the run that is resumed, with the single values of the command line over it."""
-    keys, groups = given_overrides().keys() - {"resume"}, {*HydraConfig.get().runtime.choices}
-    # What a group sets elsewhere would be lost.
-    if groups := keys & groups - {"callbacks", "logger", "trainer"}:
+    keys = given_overrides().keys() - {"resume"}
+    if wrong := sorted(key for key in keys if not is_below(key, RESUME_MAY_CHANGE)):
         raise ValueError(
-            f"resume= takes single values, not {min(groups)}=, which chooses many; leave it "
-            "out, or start a new run"
+            f"resume= continues a run as it is, without {wrong[0]}=; leave it out, or start a new "
+            "run without resume="
         )
     config = run.config
     # What the run says of itself is no reason to trust it.

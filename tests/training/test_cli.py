@@ -70,18 +70,14 @@ def test_error_of_a_worker_is_its_message_alone():
         ("train neuron=alef", r"Could not find 'neuron/alef'(?s:.*)alif"),
         ("train seed=null", "^seed: input should be a valid integer, but it is None"),
         ("train dataset=mnist hydra.run.dir=run", "no MNIST at dataset.root=data/mnist"),
-        ("train hydra.run.dir=größe", r"LexerNoViableAltException: .*größe\n *\^"),
         ("train resume=nowhere", r"^resume= needs the folder of a run.*but got .*nowhere\n\(HYDRA"),
-        ("train resume=nowhere hydra.run.dir=run", "resume= needs the folder of a run"),
         ("train trust=[1]", r"^trust: input should be a valid string, but it is \[1\]"),
         ("train model.T=0", r"T must be an integer >= 1, but it is 0"),
         ("train trainer.accelerator=tpuu", "Available names are"),
         ("train -m seed=0 neuron._target_=os.system", r"'os\.system': no public class"),
         ("train hydra.run.dir=file", "File exists: '.*file'"),
         ("evaluate checkpoint=nowhere", "no checkpoint of a run at .*nowhere"),
-        ("sample checkpoint=file", "no checkpoint of a run at .*file"),
         ("sample", "^checkpoint= is missing: give the folder of a run"),
-        ("sample -m runs/mine", "missing EQUAL"),
         ("train seed=${nope}", "'nope' not found(?s:.*)full_key: seed"),
         ("sample checkpoint=file +lable=3", "the config has no lable; there are .* label,"),
         ("sample checkpoint=nowhere output=run.json", "output must name a picture"),
@@ -101,7 +97,6 @@ def test_cli_reports_a_users_error_without_a_traceback(
     said = capsys.readouterr()
     assert "-m seed" not in arguments or re.search(message, said.out)  # before the sweep's end
     assert "Traceback" not in said.err + text
-    assert "resume" not in arguments or not (tmp_path / "run").exists()
     left = {path.name for path in tmp_path.rglob("*") if path.is_file()}
     assert left <= {"file", ".lock", "multirun.yaml"}
     assert "-m" in arguments or not (tmp_path / "runs").exists()
@@ -196,9 +191,9 @@ def test_resume_refuses_what_the_run_does_not_have(trained, sj_taid):
     folder = trained(*TINY_AUTOENCODING)
     before = run.Run(folder).config
     for choice, message in (
-        ("experiment=fsvae", "single values, not experiment=, which chooses many"),
-        ("seed=1", "a run with other settings: seed"),
-        ("metric.samples=9", "the run has no metric; leave it out"),
+        ("experiment=fsvae", "as it is, without experiment=; leave it out, or start a new run"),
+        ("seed=1", "as it is, without seed="),
+        ("metric.inception_weights=x", "the run has no metric; leave it out"),
     ):
         with pytest.raises(SystemExit, match=message):
             sj_taid("train", f"resume={folder}", choice)
