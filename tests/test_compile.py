@@ -65,6 +65,17 @@ def test_compile_gives_equal_outputs_and_gradients(options):
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_compile_under_autocast():
+    net, x = make_net(), inputs()
+    forward = torch.autocast("cpu", torch.bfloat16)(lambda x: net(x))
+    expected = outputs_and_gradients(net, forward, x)
+    compiled = torch.compile(forward, fullgraph=True, backend="aot_eager")
+    got = outputs_and_gradients(net, compiled, x)
+    assert got["spikes"].dtype == torch.bfloat16 and got["v"].dtype == torch.float32
+    assert_equal(got, expected)
+
+
 def test_compile_once_with_resets():
     net, x = nn.Sequential(make_net(), TAID(T=3)), inputs()
     counter = CompileCounterWithBackend("aot_eager")
@@ -137,21 +148,6 @@ def test_compile_without_a_fused_backend_warns_once(monkeypatch):
 
 
 @pytest.mark.slow
-def test_compile_under_autocast():
-    net, x = make_net(), inputs()
-
-    def forward(x):
-        with torch.autocast("cpu", torch.bfloat16):
-            return net(x)
-
-    expected = outputs_and_gradients(net, forward, x)
-    compiled = torch.compile(forward, fullgraph=True, backend="aot_eager")
-    got = outputs_and_gradients(net, compiled, x)
-    assert got["spikes"].dtype == torch.bfloat16 and got["v"].dtype == torch.float32
-    assert_equal(got, expected)
-
-
-@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles for the CPU with g++")
 def test_compile_with_inductor():
     net, x = make_net("s"), inputs("s")
@@ -182,26 +178,17 @@ class Triangle(torch.autograd.Function):
         return grad * (1.0 - x.abs()).clamp(min=0.0)
 
 
-def loss_of(net):
+def test_func_gives_the_gradients_of_autograd_and_of_each_sample():
+    net, x = make_net(surrogate_function=Triangle.apply, backend="torch"), inputs()
+    parameters = {name: p.detach() for name, p in net.named_parameters()}
+
     def loss(parameters, x):
         functional.reset_net(net)
         return torch.func.functional_call(net, parameters, (x,)).square().sum()
 
-    return loss, {name: p.detach() for name, p in net.named_parameters()}
-
-
-@pytest.mark.parametrize("step_mode", ["s", "m"])
-def test_func_grad_equals_autograd(step_mode):
-    net, x = make_net(step_mode, Triangle.apply, backend="torch"), inputs(step_mode)
-    loss, parameters = loss_of(net)
     expected = outputs_and_gradients(net, net, x)
     for name, gradient in torch.func.grad(loss)(parameters, x).items():
         assert torch.equal(gradient, expected[name]), name
-
-
-def test_func_vmap_gives_gradients_per_sample():
-    net, x = make_net(surrogate_function=Triangle.apply, backend="torch"), inputs()
-    loss, parameters = loss_of(net)
     per_sample = torch.func.vmap(torch.func.grad(loss), (None, 1))(parameters, x.unsqueeze(2))
     functional.reset_net(net)
     for i in range(x.shape[1]):
