@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from spikingjelly.activation_based import layer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._internal.checks import check, check_not_negative, check_sizes, integer, is_whole
+from .._internal.checks import check, check_not_negative, check_sizes, integer
 from .._internal.context import eval_mode
 from ..layer import TAID
 from ..neuron import ALIFNode
@@ -216,16 +216,15 @@ class SpikingVAE(nn.Module):
 
     def _check_label(self, n: int, label: int | Sequence[int] | Tensor) -> Tensor:
         """The class of each of ``n`` images, ``[n]``."""
-        given: Any = label.tolist() if isinstance(label, Tensor) else label
-        labels = [*given] if isinstance(given, Sequence) else [given] * n
-        are_known = all(map(is_whole, labels)) and {*labels} <= {*self.labels}
-        if not (self.labels and are_known and len(labels) == n):
+        labels = torch.as_tensor(label)
+        fits = labels.dtype == torch.long and labels.shape in ((), (n,))
+        if not fits or not {*labels.flatten().tolist()} <= {*self.labels}:
             raise ValueError(
                 f"label must be one of {self.labels}, or a list of {n} of them, but it is "
-                f"{given!r:.80}; an ESVAE has those that its flow was fitted with, by "
+                f"{label!r:.80}; an ESVAE has those that its flow was fitted with, by "
                 "model.fit_prior(images, labels=...)"
             )
-        return torch.tensor(labels)
+        return labels.expand(n)
 
     def sample_latent(self, n: int, labels: Tensor | None = None) -> Tensor:
         """Draw latent spikes ``[T, n, latent]`` from the prior, of the classes in ``labels``."""
