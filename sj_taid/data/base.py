@@ -8,16 +8,15 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import lightning as L
 import torch
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 from torchvision.transforms import v2
 
-from .._internal.checks import check_sizes
 from .._internal.kinds import Seed, Share
 from .augment import AUGMENTATIONS, transform_each
 from .samples import Batch, Samples
@@ -55,21 +54,21 @@ class Data(L.LightningDataModule):
         seed: seed of these draws; a run's own seed does not change it.
 
     Raises:
-        ValueError: an unknown ``augment``; a share out of its range; a part without samples;
-            ``"own"`` where there is none; other classes than the data set has, or none to mix.
+        ValueError: a part without samples; ``"own"`` where there is none; other classes than the
+            data set has, or none to mix.
     """
 
     name: str
-    channels: int
-    image_size: int
+    channels: PositiveInt
+    image_size: PositiveInt
     batch_size: PositiveInt
     classes: int | None = None
     num_workers: NonNegativeInt = 0
-    augment: str | None = None
+    augment: Literal["affine", "crop_flip", "flip"] | None = None
     erase: Share = 0.0
     mixup: NonNegativeFloat = 0.0
     limit: PositiveInt | None = None
-    validation: float | Literal["own"] | None = None
+    validation: Annotated[float, Field(ge=0, lt=1)] | Literal["own"] | None = None
     seed: Seed = 0
 
     #: published numbers of training and test samples; others are logged
@@ -84,19 +83,8 @@ class Data(L.LightningDataModule):
 
     def __post_init__(self) -> None:
         super().__init__()
-        check_sizes(**{f"dataset.{n}": getattr(self, n) for n in ("channels", "image_size")})
-        if self.augment is not None and self.augment not in AUGMENTATIONS:
-            raise ValueError(
-                f"dataset.augment must be null or one of {', '.join(AUGMENTATIONS)}, "
-                f"but it is {self.augment!r}"
-            )
         if self.mixup and self.classes is None:
             raise ValueError("dataset.mixup mixes labels, but dataset.classes is None; set it to 0")
-        share = self.validation
-        if share not in (None, "own") and (isinstance(share, str) or not 0 <= share < 1):
-            raise ValueError(
-                f"dataset.validation must be a share in [0, 1), own or null, but it is {share}"
-            )
 
     def load(self) -> tuple[Samples, Samples]:
         """The training and the test set."""

@@ -5,14 +5,15 @@ from dataclasses import dataclass
 from functools import partial
 from glob import iglob
 from pathlib import Path
+from typing import Annotated
 
 from PIL import Image, ImageOps
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2 import functional
 
-from .._internal.checks import check_sizes, expand_home
+from .._internal.checks import expand_home
 from .image import ImageData, Torchvision
 from .samples import Samples
 
@@ -58,14 +59,14 @@ class ImageFolder(ImageData):
     Raises:
         FileNotFoundError: no such folder, or no image in it.
         ValueError: other classes in ``test_root`` than in ``root``, images next to the folders of
-            classes, a class of one image without ``test_root``, or a share out of its range.
+            classes, or a class of one image without ``test_root``.
         OSError: an image that cannot be read, or is smaller than ``crop``, when it is asked for.
     """
 
     root: Path
     test_root: Path | None = None
-    test_share: float = 0.1
-    crop: int | None = None
+    test_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    crop: PositiveInt | None = None
     batch_size: PositiveInt | None = None  # type: ignore[assignment]
     num_workers: NonNegativeInt | None = None  # type: ignore[assignment]
 
@@ -73,10 +74,6 @@ class ImageFolder(ImageData):
         self.root = expand_home(self.root)
         if self.test_root is not None:
             self.test_root = expand_home(self.test_root)
-        if not 0 < self.test_share < 1:
-            raise ValueError(f"dataset.test_share must be in (0, 1), but it is {self.test_share}")
-        if self.crop is not None:
-            check_sizes(**{"dataset.crop": self.crop})
         if self.classes is None:
             self.classes = len(_class_names(self.root, "dataset.root")) or None
         if self.num_workers is None:

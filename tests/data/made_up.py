@@ -2,12 +2,15 @@
 
 from filelock import FileLock, Timeout
 
+from sj_taid._internal.kinds import check_kinds, declared_kinds
 from sj_taid.data.base import LOCK
 
 
 def make(cls, root=None, **options):
     shared = {"name": "test", "channels": 1, "image_size": 16, "batch_size": 50, "classes": 10}
-    return cls(**shared | ({} if root is None else {"root": str(root)}) | options)
+    values = shared | ({} if root is None else {"root": str(root)}) | options
+    check_kinds(declared_kinds(cls), values, "dataset.")  # as a config's
+    return cls(**values)
 
 
 def ready(*arguments, **options):

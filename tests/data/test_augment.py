@@ -121,5 +121,7 @@ def test_data_know_whether_training_sees_mirror_images(augment):
 def test_data_refuses_impossible_augmentation():
     with pytest.raises(ValueError, match=r"dataset\.classes is None"):
         make(Digits, mixup=1.0, classes=None)
-    with pytest.raises(ValueError, match=r"dataset\.augment must be null or one of affine.*cutout"):
+    with pytest.raises(
+        ValueError, match=r"augment: input should be 'affine', .*but it is 'cutout'"
+    ):
         make(Digits, augment="cutout")

@@ -96,8 +96,8 @@ def test_image_folder_crops_the_middle(tmp_path):
         ({"root": "nowhere"}, r"no folder at dataset\.root=nowhere"),
         ({"test_root": "empty"}, r"no image in empty, of .*\.png"),
         ({"classes": 10}, "holds no folders of classes"),
-        ({"crop": 0}, r"^dataset\.crop must be an integer >= 1, but it is 0"),
-        ({"test_share": 1.5}, r"test_share must be in \(0, 1\)"),
+        ({"crop": 0}, r"^dataset\.crop: input should be greater than 0, but it is 0"),
+        ({"test_share": 1.5}, r"test_share: input should be less than 1, but it is 1\.5"),
     ],
 )
 def test_image_folder_refuses(tmp_path, monkeypatch, options, message):
