@@ -242,31 +242,6 @@ def assert_equal(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> N
         assert torch.equal(got[name], value), name
 
 
-def assert_same_bits(got: Tensor, expected: Tensor, name: str = "") -> None:
-    """Assert equal bits, except for NaN, of which there are many."""
-    nan = expected.isnan()
-    assert torch.equal(got.isnan(), nan), name
-    bits = {2: torch.int16, 4: torch.int32}[expected.itemsize]
-    have, want = (t.masked_fill(nan, 0).view(bits) for t in (got, expected))
-    assert torch.equal(have, want), f"{name}: {int((have != want).sum())} differ"
-
-
-def assert_equals_a_float32_copys(
-    multi_step: Callable[..., Any], case: Case, leaves: Leaves
-) -> None:
-    """Results on half leaves are those on a float32 copy, rounded at the end, bit for bit."""
-    got = results(multi_step, case, leaves)
-    copied = leaves | {"x": leaves["x"].detach().float().requires_grad_(leaves["x"].requires_grad)}
-    expected = results(multi_step, case, copied)
-    assert got.keys() == expected.keys()
-    for name, have in got.items():
-        state = name not in ("spike_seq", "grad_x")
-        assert have.dtype == (torch.float32 if state else case.dtype), name
-        want = expected[name].to(have.dtype)
-        assert have.stride() == want.stride(), name
-        assert_same_bits(have, want, name)
-
-
 def assert_not_finite_alike(
     multi_step: Callable[..., Any], reference: Callable[..., Any], case: Case
 ) -> None:

@@ -121,20 +121,6 @@ def test_counters_read_the_same_after_a_swap(step_mode, v_reset, kind, counter):
     assert count() == expected > 0
 
 
-def test_watching_changes_no_result():
-    x = torch.full((2, 1), 2.0, requires_grad=True)
-    options = {"decay_input": True, "surrogate_function": surrogate.ATan(), "detach_reset": False}
-    found = []
-    for mode in (Watching(), nullcontext()):
-        with mode:
-            outputs = reference.multi_step(
-                x, 0.0, torch.zeros(()), torch.ones(()), v_reset=0.5, store_v_seq=True, **options
-            )
-        found.append([*outputs, *torch.autograd.grad(sum(o.sum() for o in outputs), x)])
-    assert all(torch.equal(got, want) for got, want in zip(*found, strict=True))
-    assert found[0][1] == 0.5
-
-
 @pytest.mark.slow
 def test_why_not_runs_no_operator():
     """Or the first call under a counter of operations fails, or is counted."""

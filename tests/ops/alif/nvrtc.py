@@ -2,7 +2,7 @@
 
     python -m tests.ops.alif.nvrtc sm_90
 
-prints the registers and spills of the common kernels. The library comes with CUDA, with CUDA
+prints the registers and spills of the kernels. The library comes with CUDA, with CUDA
 builds of PyTorch and with the ``nvidia-cuda-nvrtc`` wheel.
 """
 
@@ -13,7 +13,7 @@ import itertools
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from ctypes.util import find_library
 from functools import cache
 from pathlib import Path
@@ -22,7 +22,12 @@ from typing import NamedTuple
 import torch
 
 from sj_taid.ops.alif import kernels
-from sj_taid.ops.alif.plan import Charge, Dynamics, Spec
+from sj_taid.ops.alif.kernels import NEED_NORM, NEED_V_THRESHOLD, NEED_W, NEED_X
+from sj_taid.ops.alif.plan import Charge
+from tests.helpers import Case
+from tests.ops.alif.conformance import COUNTS, SURROGATES, make_spec, pairwise
+
+ALL = NEED_X | NEED_W | NEED_V_THRESHOLD
 
 
 class Resources(NamedTuple):
@@ -108,20 +113,59 @@ def _call(function: str, *arguments: object) -> None:
         raise RuntimeError(f"nvrtc{function}: {reason}")
 
 
+# What decides the registers of a thread: the greediest surrogates, the longest single sweep of half
+# precision and that of float32, segments with a rest.
+OPTIONS = {
+    "T": (4, 8, 16, 23),
+    "dtype": tuple(kernels.SCALARS),
+    "v_reset": (0.0, -0.25, None, "counts"),
+    "per_lane": (False, True),
+    "v_seq": (False, True),
+    "detach_reset": (False, True),
+    "charge": tuple(Charge),
+    "surrogate": ("Sigmoid", "S2NN", "QPseudoSpike"),
+    "needs": ("no norm", NEED_NORM | ALL & ~NEED_X, NEED_NORM, ALL, NEED_NORM | ALL),
+    "pack": (False, True),
+}
+
+
+def kernels_and_bytes() -> Iterator[tuple[str, int]]:
+    """Names of kernels, and the bytes of the smallest array that a thread of each holds."""
+    for row in pairwise(OPTIONS):
+        norm = row["needs"] != "no norm"
+        counts = row["v_reset"] == "counts" or row["charge"] == Charge.NO_STATE
+        case = Case(
+            None if counts else row["v_reset"],
+            row["detach_reset"],
+            dtype=row["dtype"],
+            shape=(1, 1, 1),
+            surrogate_function=(COUNTS["counts"] if counts else SURROGATES[row["surrogate"]])(),
+            through=("spike_seq",),
+        )
+        spec = make_spec(case, steps=row["T"], norm=norm, pack=row["pack"])
+        spec = spec._replace(dynamics=spec.dynamics._replace(charge=row["charge"]))
+        needs, v_seq = row["needs"] if norm else ALL, row["v_seq"]
+        is_sweep = row["T"] <= kernels.longest_sweep(row["dtype"])
+        steps = row["T"] if is_sweep else kernels.SEGMENT
+        for name, vec in (
+            kernels.forward(spec._replace(store_v_seq=v_seq)),
+            kernels.backward(spec, needs, v_seq),
+        ):
+            lanes = vec if row["per_lane"] else 1
+            yield name.format(vec, lanes), 4 * steps * vec  # a voltage of each step
+    yield from ((f"{what}_gradients<float>", 4 * 8) for what in ("norm", "parameter"))
+    for dtype, scalar in kernels.SCALARS.items():
+        vecs = (1, kernels.ALIGNMENT // dtype.itemsize)
+        for what, vec, counts in itertools.product(("pack", "unpack"), vecs, (0, 1)):
+            yield f"{what}<{scalar},{vec},{counts}>", 4 * max(2, vec)
+
+
 def main(arch: str = "") -> None:
-    """Print the resources of the common kernels, for the GPU here unless another is named."""
+    """Print the resources of the kernels, for the GPU here unless another is named."""
     here = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
     arch = arch or "sm_{}{}".format(*here)
-    needs = kernels.NEED_X | kernels.NEED_W | kernels.NEED_V_THRESHOLD
-    names = {}
-    for dtype, steps in itertools.product(kernels.SCALARS, (1, 2, 4, 8, 16, 24)):
-        dynamics = Dynamics(Charge.DECAY_INPUT, None, None, 0.0, False, "Sigmoid", 0.0, 0.0)
-        about = (dynamics, dtype, torch.device("cuda"), steps, 1, 1, 1, (), (), *[False] * 6)
-        spec = Spec(*about)
-        for name, vec in (kernels.forward(spec), kernels.backward(spec, needs, False)):
-            names[name.format(vec, 1)] = None
     start = time.perf_counter()
-    found = resources(kernels.source(), [*names], arch)
+    found = resources(kernels.source(), [*dict(kernels_and_bytes())], arch)
     seconds = time.perf_counter() - start
     print(f"{len(found)} kernels for {arch} compiled in {seconds:.1f} s by {library()._name}")
     for name, r in found.items():

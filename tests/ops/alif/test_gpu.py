@@ -48,7 +48,7 @@ def check(case, leaves):
 ROWS = [*pairwise(COMPACT), *pairwise(COUNT_OPTIONS)]
 
 
-@pytest.mark.parametrize("case", map(make_case, ROWS), ids=str)
+@pytest.mark.parametrize("case", [make_case(row) for row in ROWS], ids=str)
 def test_conforms(cuda, case):
     """In a minute: what ``make gpu`` runs."""
     test_every_pair_of_options(cuda, case)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from array import array
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,11 @@ def test_every_combination(launcher, T):
     launcher.build({name for case in cases for name in launcher.kernels(case)})
     failed = {str(case): compare(case, launcher.cuda.multi_step) for case in cases}
     assert not any(failed.values()), {name: found for name, found in failed.items() if found}
+
+
+def test_other_launches_are_a_difference(launcher):
+    (found,) = compare(make_case(ROW), launcher.cuda.multi_step, launches=Counter())
+    assert found.startswith("launches {}, expected {'alif_forward': 1, 'alif_backward': 1")
 
 
 # Options of a case, one line of the kernels that it runs, and what is put in its place: each still

@@ -16,68 +16,54 @@ from tests.helpers import TOLERANCE, count_grid, grid, results, tensors
 F64 = torch.float64
 
 
-@pytest.mark.parametrize(
-    ("x", "rest", "v_reset", "decay_input", "spikes", "v"),
-    [
-        # H = 0.5 | 0.5 + (1 - 0.5)/2 = 0.75 fires | 0.25 | 0.25 + (2 - 0.25)/2 = 1.125 fires
-        ([1.0, 1.0, 0.5, 2.0], 0.0, 0.0, True, [0, 1, 0, 1], [0.5, 0.0, 0.25, 0.0]),
-        # H = 0.5 | 0.75 fires, V = 0.05 | 0.05 + 0.45/2 = 0.275 | 0.275 + 1.725/2 = 1.1375 fires
-        ([1.0, 1.0, 0.5, 2.0], 0.0, None, True, [0, 1, 0, 1], [0.5, 0.05, 0.275, 0.4375]),
-        # From V = -0.25, whose distance to the reset voltage decays:
-        # H = 0.25 | 0.25 - 0.5/2 + 0.5 = 0.5 | 0.5 - 0.75/2 + 0.6 = 0.725 fires | 0.25
-        ([0.5, 0.5, 0.6, 0.5], -0.25, -0.25, False, [0, 0, 1, 0], [0.25, 0.5, -0.25, 0.25]),
-        ([1.4], 0.0, 0.0, True, [1], [0.0]),  # at the threshold
-    ],
-)
-def test_trace(x, rest, v_reset, decay_input, spikes, v):
-    x_seq = torch.tensor(x, dtype=F64).view(-1, 1)
-    spike_seq, v_last, v_seq = reference.multi_step(
-        x_seq,
-        rest,
-        torch.zeros((), dtype=F64),  # w = 0: tau = 2, q = 1/2
-        torch.tensor(0.7, dtype=F64),
-        decay_input=decay_input,
-        v_reset=v_reset,
-        surrogate_function=surrogate.ATan(),
-        detach_reset=False,
-        store_v_seq=True,
-    )
-    assert torch.equal(v_last, v_seq[-1]) and spike_seq.flatten().tolist() == spikes
-    assert v_seq.flatten().tolist() == pytest.approx(v)
-
-
-# With V_th = 0.5 and D = 4, and tau = 4/3, of which a quarter of the voltage stays:
+# w = 0 makes tau = 2, q = 1/2.
+SPIKES = {"w": 0.0, "v_threshold": 0.7, "surrogate_function": surrogate.ATan()}
+COUNTS = {"v_threshold": 0.5, "v_reset": None, "surrogate_function": MultiLevelSpikeCount(4)}
+# tau = 4/3, of which a quarter of the voltage stays:
 # H = 0.6, in thresholds 1.2: 1 | 0.1/4 + 1.3 = 1.325, 2.65: 3 | -0.175/4 + 6 = 5.95625: 4, and
 # 3.95625 are left | 0.9890625 - 1 = -0.0109375: 0
-STATEFUL = ([0.6, 1.3, 6.0, -1.0], [1, 3, 4, 0], [0.1, -0.175, 3.95625, -0.0109375])
+STATEFUL = (0.0, [1, 3, 4, 0], [0.1, -0.175, 3.95625, -0.0109375])
 # H = X, in thresholds 0.5: 0 | 1.5: 2 | 2.5: 2 | 3.5: 4 | 18: 4
-STATELESS = ([0.25, 0.75, 1.25, 1.75, 9.0], [0, 2, 2, 4, 4], [0.25, -0.25, 0.25, -0.25, 7.0])
+STATELESS = (0.0, [0, 2, 2, 4, 4], [0.25, -0.25, 0.25, -0.25, 7.0])
 
 
 @pytest.mark.parametrize(
-    ("w", "decay_input", "trace"),
+    ("options", "x", "rest", "spikes", "v"),
     [
-        (math.log(3.0), False, STATEFUL),
+        # H = 0.5 | 0.5 + (1 - 0.5)/2 = 0.75 fires | 0.25 | 0.25 + (2 - 0.25)/2 = 1.125 fires
+        (SPIKES, [1.0, 1.0, 0.5, 2.0], 0.0, [0, 1, 0, 1], [0.5, 0.0, 0.25, 0.0]),
+        # H = 0.5 | 0.75 fires, V = 0.05 | 0.05 + 0.45/2 = 0.275 | 0.275 + 1.725/2 = 1.1375 fires
+        (
+            SPIKES | {"v_reset": None},
+            [1.0, 1.0, 0.5, 2.0],
+            0.0,
+            [0, 1, 0, 1],
+            [0.5, 0.05, 0.275, 0.4375],
+        ),
+        # From V = -0.25, whose distance to the reset voltage decays:
+        # H = 0.25 | 0.25 - 0.5/2 + 0.5 = 0.5 | 0.5 - 0.75/2 + 0.6 = 0.725 fires | 0.25
+        (
+            SPIKES | {"v_reset": -0.25, "decay_input": False},
+            [0.5, 0.5, 0.6, 0.5],
+            -0.25,
+            [0, 0, 1, 0],
+            [0.25, 0.5, -0.25, 0.25],
+        ),
+        (SPIKES, [1.4], 0.0, [1], [0.0]),  # at the threshold
+        (COUNTS | {"w": math.log(3.0), "decay_input": False}, [0.6, 1.3, 6.0, -1.0], *STATEFUL),
         # The same H, as the input is scaled by q = 3/4.
-        (math.log(3.0), True, ([x * 4 / 3 for x in STATEFUL[0]], *STATEFUL[1:])),
-        (None, False, STATELESS),
-        (None, True, STATELESS),
+        (COUNTS | {"w": math.log(3.0)}, [0.8, 1.3 * 4 / 3, 8.0, -4 / 3], *STATEFUL),
+        (COUNTS | {"w": None}, [0.25, 0.75, 1.25, 1.75, 9.0], *STATELESS),
     ],
 )
-def test_trace_of_counts(w, decay_input, trace):
-    x, expected, v = trace
+def test_trace(options, x, rest, spikes, v):
+    numbers = {"w": options["w"], "v_threshold": options["v_threshold"]}
+    given = {n: k if k is None else torch.tensor(k, dtype=F64) for n, k in numbers.items()}
+    x_seq = torch.tensor(x, dtype=F64).view(-1, 1)
     spike_seq, v_last, v_seq = alif_multi_step(
-        torch.tensor(x, dtype=F64).view(-1, 1),
-        0.0,
-        w if w is None else torch.tensor(w, dtype=F64),
-        torch.tensor(0.5, dtype=F64),
-        decay_input=decay_input,
-        v_reset=None,
-        surrogate_function=MultiLevelSpikeCount(4),
-        store_v_seq=True,
-        backend="torch",
+        x_seq, rest, **options | given, store_v_seq=True, backend="torch"
     )
-    assert torch.equal(v_last, v_seq[-1]) and spike_seq.flatten().tolist() == expected
+    assert torch.equal(v_last, v_seq[-1]) and spike_seq.flatten().tolist() == spikes
     assert v_seq.flatten().tolist() == pytest.approx(v)
 
 
