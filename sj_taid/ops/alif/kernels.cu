@@ -6,11 +6,7 @@
 // VEC * threads further. `threads` is a multiple of the distance, in packs of VEC, after which the
 // channels repeat, so that a thread stays in one channel (or in the same VEC channels, LANES = VEC):
 // it reads its parameters once and sums their gradients in registers. Each writes its sums; a block per
-// channel adds them up, in shared memory and a fixed order. No atomics: results do not depend on the
-// order in which threads run.
-//
-// With NORM the neuron's input is y = (x - mean) (weight rstd) + bias, computed in registers in forward
-// and again in backward, whose first launch makes the norm's sums (NEED_NORM).
+// channel adds them up, in a fixed order.
 //
 // A kernel takes one struct by value. Its members are of 8 bytes, or pairs of floats, in the order in
 // which cuda.py packs them: first what is the same for all calls of a plan.

@@ -243,8 +243,19 @@ def test_python_threads_call_at_once():
                 assert_equal(result, one)
 
 
+def run_forked(function, *arguments):
+    process = multiprocessing.get_context("fork").Process(target=function, args=arguments)
+    process.start()
+    process.join(timeout=300)
+    process.kill()
+    assert process.exitcode == 0
+
+
+needs_fork = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no fork")
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no fork")
+@needs_fork
 @pytest.mark.usefixtures("eager_threads", "team")
 def test_a_forked_child_makes_its_own_threads():
     torch.set_num_threads(2)
@@ -262,12 +273,7 @@ def test_a_forked_child_makes_its_own_threads():
         # numpy compares: torch's own threads do not survive a fork
         assert (call().numpy() == expected.numpy()).all()
 
-    process = multiprocessing.get_context("fork").Process(target=child)
-    process.start()
-    process.join(timeout=60)
-    if process.is_alive():
-        process.kill()
-    assert process.exitcode == 0
+    run_forked(child)
 
 
 def compile_again(folder, v_resets, found):
@@ -285,18 +291,14 @@ LATER = Case(frozen=("w", "v_threshold"))
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no fork")
+@needs_fork
 def test_later_processes_load_what_is_compiled(tmp_path):
     # The second process compiles another row first.
     assert_conforms(LATER)  # forward is loaded before
     outputs = []
     for v_resets in ([None], [0.0, None]):
-        context = multiprocessing.get_context("fork")
-        found = context.SimpleQueue()
-        process = context.Process(target=compile_again, args=(tmp_path, v_resets, found))
-        process.start()
-        process.join(timeout=300)
-        assert process.exitcode == 0
+        found = multiprocessing.get_context("fork").SimpleQueue()
+        run_forked(compile_again, tmp_path, v_resets, found)
         outputs.append([found.get() for _ in v_resets])
     assert outputs == [["compiled"], ["compiled", "loaded"]]
 
