@@ -234,6 +234,11 @@ NO_TENSOR = "must be a floating-point tensor, but it is"
         ({"x_seq": torch.ones(0, 3)}, ValueError, r"x_seq must be \[T, N, \*\] with T >= 1"),
         ({"x_seq": torch.ones(1)}, ValueError, r"\[N, \*\] is x\.unsqueeze\(0\)"),
         ({"w": torch.zeros(7)}, ValueError, r" is \[7\] and the input's \[6, 3, 5, 4\]"),
+        (
+            {"x_seq": torch.ones(4, 5), "w": torch.zeros(5)},
+            ValueError,
+            r" is \[5\] and the input's",
+        ),
         ({"v_threshold": torch.zeros(5, 4)}, ValueError, "a scalar or one value per channel"),
         ({"w": 0.0}, TypeError, f"w {NO_TENSOR} float"),
         ({"v_threshold": torch.tensor(1)}, TypeError, f"v_threshold {NO_TENSOR} torch.int64"),
@@ -249,7 +254,7 @@ def test_a_call_refuses_bad_arguments(changed, error, message):
     good = {"x_seq": inputs(), "v": 0.0, "w": torch.tensor(0.0), "v_threshold": torch.tensor(1.0)}
     with pytest.raises(error, match=message):
         alif_multi_step(**good | changed)
-    if "x_seq" in changed:
+    if changed.keys() == {"x_seq"}:
         with pytest.raises(error, match=message):
             ALIFNode(step_mode="m")(changed["x_seq"])
 

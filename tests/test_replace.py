@@ -256,6 +256,12 @@ def like(kind, **changes):
     return make_one
 
 
+def never_reset(old):
+    new = MADE[Kept](old)
+    new.reset = lambda: None
+    return new
+
+
 FALSE = {
     "decay": (MemUpdate, like(MemUpdate, w=0.0), "output"),
     "reset with gradient": (MemUpdate, like(MemUpdate, detach_reset=False), "gradient"),
@@ -264,6 +270,7 @@ FALSE = {
         lambda old: ALIFNode(4 / 3, False, v_reset=None, detach_reset=True, levels=4, **FROZEN),
         "output 2",
     ),
+    "no reset": (Kept, never_reset, "output 3"),
     "no state": (MemUpdate, MADE[MultiSpike4], "output"),
     "levels": (MultiSpike4, lambda old: ALIFNode(None, levels=2, **FROZEN), "output"),
     "window": (
