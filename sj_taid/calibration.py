@@ -15,7 +15,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ._internal import compat
 from ._internal.checks import check, check_numbers, is_number
-from ._internal.context import seeded
+from ._internal.context import forked
 from ._internal.neurons import check_net, need_neurons, why_silent
 from ._internal.report import table
 from .monitoring import LayerState, monitor, spikes_of
@@ -170,7 +170,8 @@ def calibrate(net: nn.Module, x_seq: Any, *, rate: float = 0.2) -> CalibrationRe
 def _run(net: Any, x_seq: Any, nodes: Iterable[nn.Module], hook: Callable[..., Any]) -> None:
     """Run the batch once from rest, with ``hook`` before each call of ``nodes``."""
     # The same dropout in both passes; compiled code would not call the hook.
-    with ExitStack() as hooks, seeded(0), torch.compiler.set_stance("force_eager"):
+    tensors = (*net.parameters(), *net.buffers())
+    with ExitStack() as hooks, forked(tensors), torch.compiler.set_stance("force_eager"):
         for node in nodes:
             hooks.enter_context(node.register_forward_pre_hook(hook, with_kwargs=True))
         reset(net)

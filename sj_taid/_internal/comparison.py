@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from ..ops.alif.reference import state_dtype
 from ..state import reset
 from . import compat
-from .context import seeded
+from .context import forked
 from .neurons import Site, copy_net
 
 #: a change of the input, relative, that moves nothing but what lies at a threshold
@@ -40,7 +40,11 @@ def compare(net: nn.Module, new_of: Mapping[Site, nn.Module], inputs: Any) -> di
 
         trial.get_submodule(site.path).register_forward_pre_hook(keep, with_kwargs=True)
     reset(trial)
-    with seeded(0), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+    with (
+        forked(trial.parameters()),
+        torch.no_grad(),
+        torch.compiler.set_stance("force_eager"),
+    ):
         trial(*inputs)  # compiled code would not call the hooks
     with saved_tensors_hooks(lambda t: t, lambda t: t):
         return {site: _compare_one(site, new, calls[site]) for site, new in new_of.items()}
@@ -75,7 +79,6 @@ def _compare_one(site: Site, new: nn.Module, calls: list[Any]) -> str:
     return "equal on the example" if shows else "not compared: it gives one value on the example"
 
 
-@seeded(0)  # each run draws the same random numbers
 def _results(
     module: nn.Module, forward: Any, calls: list[Any], factor: float = 1.0
 ) -> dict[str, Tensor]:
@@ -89,13 +92,14 @@ def _results(
         leaves.append(x.detach().to(state_dtype(x.dtype)).requires_grad_())
         return leaves[-1] * factor
 
-    for repeat in range(3):
-        if repeat != 1:
-            reset(module)
-        for call in calls:
-            args, kwargs = tree_map_only(Tensor, leaf, call)
-            found = [y for y in tree_leaves(forward(*args, **kwargs)) if isinstance(y, Tensor)]
-            outputs += filter(Tensor.is_floating_point, found)
+    with forked(tree_leaves(calls)):  # each run draws the same random numbers
+        for repeat in range(3):
+            if repeat != 1:
+                reset(module)
+            for call in calls:
+                args, kwargs = tree_map_only(Tensor, leaf, call)
+                found = [y for y in tree_leaves(forward(*args, **kwargs)) if isinstance(y, Tensor)]
+                outputs += filter(Tensor.is_floating_point, found)
     terms = [
         (y * torch.arange(y.numel(), device=y.device).cos().view(y.shape)).sum()
         for y in outputs

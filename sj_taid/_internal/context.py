@@ -1,10 +1,11 @@
-"""Context managers: random numbers from a seed, and eval mode."""
+"""Context managers: random numbers that leave the random state alone, and eval mode."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -24,4 +25,11 @@ def seeded(seed: int) -> Iterator[None]:
     """Draw random numbers from ``seed`` inside; the global random state is left alone."""
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):  # all are seeded
         torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def forked(tensors: Iterable[Any]) -> Iterator[None]:
+    """Leave the random state alone, of the CPU and of the GPUs that these tensors are on."""
+    with torch.random.fork_rng({t.device for t in tensors if isinstance(t, Tensor) and t.is_cuda}):
         yield
