@@ -207,6 +207,8 @@ def test_damaged_checkpoint_is_refused_before_anything_is_written(trained, tiny)
 
 
 CLASSIFIER = "task=classification model=classifier_small"
+#: of what is found when FAD's autoencoder is trained
+FAST_FAD = "metric.autoencoder.epochs=1 metric.autoencoder.hidden_channels=[4]"
 
 
 def counted(*overrides):
@@ -236,8 +238,8 @@ def test_classes_are_counted_for_all_that_learn_from_labels(tmp_path):
         ("objective=fadd", "objective=fadd is none of reconstruction"),
         ("pictures=maybe", "^pictures: input should be a valid boolean, but it is 'maybe'"),
         ("compile=maybe", "^compile: input should be a valid boolean; .* an object, but it is"),
-        ("compile={mode:banana}", "^compile={'mode': 'banana'} is not .*Unrecognized mode=banana"),
-        ("compile={banana:1}", "^compile={'banana': 1} is not .*unexpected keyword argument"),
+        (f"{FAST_FAD} compile={{mode:banana}}", "^compile={'mode': 'banana'} .*Unrecognized mode"),
+        (f"{FAST_FAD} compile={{banana:1}}", "^compile={'banana': 1} .*unexpected keyword"),
         ("accelerate=null", "^accelerate: input should be a valid boolean, but it is None"),
         ("optimizer.lr=1e30", r"^optimizer\.lr: input should be less than or equal to 1000"),
         ("optimizer.lr=inf", r"^optimizer\.lr: input should be a finite number, but it is inf"),
