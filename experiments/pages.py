@@ -20,6 +20,7 @@ import pandas as pd
 
 from sj_taid.pretrained import list_models, read_config
 from sj_taid.training.compare import (
+    COLUMNS,
     METRICS,
     Column,
     Metrics,
@@ -53,6 +54,14 @@ OURS = {
     "training images' rates, decoded": "_perfect",
     "training images": "_floor",
 }
+#: Metrics of stored runs alone, as of 7b2f8a0, and a cost.
+STORED = {
+    "features": Column("Fréchet distance, EfficientNet-Lite0 ↓", 1, 2),
+    "features_learned": Column("Fréchet distance, EfficientNet-Lite0, learned prior ↓", 1, 2),
+    "fad_published_median": Column("FAD as published, median of draws ↓", 1, 2),
+}
+METRICS.update(STORED)
+COLUMNS.update(STORED, energy=Column("energy of a sample, µJ", 1, 2, spread=False))
 #: The metrics in the list of models.
 ON_CARD = ("accuracy", "reconstruction", "fad", "fad_published_median", "fad_recall")
 #: The choices of the generators that are compared; they differ in decoder and neuron alone.

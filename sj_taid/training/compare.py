@@ -7,7 +7,6 @@ mean and standard deviation over seeds, as ``results.md`` does; ``results.csv`` 
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,8 +19,6 @@ from .run import CONFIG, Run
 
 #: The content of a run's ``metrics.json``.
 Metrics = dict[str, Any]
-#: the metrics of samples; of an ESVAE with a flow also NAME_learned, from the learned prior
-OF_SAMPLES = ("fad", "fad_published", "fid", "inception_score")
 
 
 class Column(NamedTuple):
@@ -42,40 +39,34 @@ class Column(NamedTuple):
         differ = len(values) > 1 if self.decimals else values.nunique() > 1
         return f"{mean} ± {values.std():.{self.decimals}f}" if self.spread and differ else mean
 
+    def text_of_each(self, protocols: pd.Series, values: pd.Series) -> str:
+        """The texts of values by their protocols, of which none compares with another."""
+        groups = values.dropna().groupby(protocols, sort=False)
+        return ", ".join(self.text(group) for _, group in groups)
 
-#: The metrics. A published value that was measured by another protocol than ours, or by an
-#: unknown one, has a column of its own.
+
+#: The metrics, by their names in a run; "loss" is the name of a function, its value "test_loss".
 METRICS = {
     "accuracy": Column("accuracy, last epoch, % ↑", 0.01, 2),
     "accuracy_best_test_epoch": Column("accuracy, best test epoch, % ↑", 0.01, 2),
     "accuracy_best_validation_epoch": Column("accuracy, best validation epoch, % ↑", 0.01, 2),
-    "accuracy_published": Column("accuracy as published, % ↑", 0.01, 2),
     "validation_accuracy": Column("validation accuracy, % ↑", 0.01, 2),
+    "test_loss": Column("loss, last epoch ↓", 1, 4),
     "reconstruction": Column("reconstruction ↓", 1, 4),
-    "inception_score": Column("IS ↑", 1, 3),
-    "inception_score_published": Column("IS as published ↑", 1, 3),
-    "fid": Column("FID ↓", 1, 2),
-    "fid_published": Column("FID as published ↓", 1, 2),
-    # of stored runs alone, as of 7b2f8a0
-    "features": Column("Fréchet distance, EfficientNet-Lite0 ↓", 1, 2),
+    "validation_reconstruction": Column("validation reconstruction ↓", 1, 4),
     "fad": Column("FAD, own autoencoder ↓", 1, 2),
-    "fad_published": Column("FAD as published ↓", 1, 2),
+    "validation_fad": Column("validation FAD, own autoencoder ↓", 1, 2),
     "fad_precision": Column("precision, FAD's features ↑", 1, 2),
     "fad_recall": Column("recall, FAD's features ↑", 1, 2),
-    "fad_published_median": Column("FAD as published, median of draws ↓", 1, 2),
-    "validation_reconstruction": Column("validation reconstruction ↓", 1, 4),
-    "validation_fad": Column("validation FAD, own autoencoder ↓", 1, 2),
+    "fad_published": Column("FAD as published ↓", 1, 2),
+    "fid": Column("FID ↓", 1, 2),
+    "inception_score": Column("IS ↑", 1, 3),
+    "fad_learned": Column("FAD, own autoencoder, learned prior ↓", 1, 2),
+    "fad_published_learned": Column("FAD as published, learned prior ↓", 1, 2),
+    "fid_learned": Column("FID, learned prior ↓", 1, 2),
+    "inception_score_learned": Column("IS, learned prior ↑", 1, 3),
 }
-METRICS |= {
-    f"{name}_learned": METRICS[name]._replace(
-        title=re.sub("(?= .$)", ", learned prior", METRICS[name].title)
-    )
-    for name in (*OF_SAMPLES, "features")
-}
-#: The costs of a run.
 COSTS = {
-    # of stored runs alone, as of 7b2f8a0
-    "energy": Column("energy of a sample, µJ", 1, 2, spread=False),
     "firing_rate": Column("spikes per neuron and step", 1, 3, spread=False),
     "epochs": Column("epochs", 1, 0),
     "parameters": Column("parameters, M", 1e6, 2, spread=False),
@@ -145,27 +136,18 @@ def frame(runs: Sequence[Metrics]) -> tuple[pd.DataFrame, list[str]]:
     return table, [key for key in keys if table[key].nunique() > 1]
 
 
-def heading(name: str, table: pd.DataFrame) -> str:
-    """The title of a column, which says if its values are of different protocols."""
-    mixed = name in METRICS and table[f"{name} protocol"][table[name].notna()].nunique() > 1
-    return COLUMNS[name].title + (" (of different protocols)" if mixed else "")
-
-
-def text(name: str, table: pd.DataFrame, values: pd.Series) -> str:
-    """Mean and spread of a column over some runs, for each protocol by itself."""
-    protocol = table.loc[values.index].get(f"{name} protocol", pd.Series("", values.index))
-    by_protocol = values.dropna().groupby(protocol, sort=False)
-    return ", ".join(COLUMNS[name].text(group) for _, group in by_protocol)
-
-
 def summary(runs: Sequence[Metrics]) -> pd.DataFrame:
     """A row for each combination of choices, with mean and spread over its seeds."""
     table, keys = frame(runs)
     groups = table.groupby(keys or [""] * len(table), sort=False)
-    names = [name for name in COLUMNS if name in table and table[name].notna().any()]
-    cells = groups.agg({name: partial(text, name, table) for name in names})
-    cells.columns = pd.Index([heading(name, table) for name in names])
-    return cells.assign(runs=groups.size()).reset_index(drop=not keys)
+    cells = {}
+    for name in COLUMNS:
+        if name in table and table[name].notna().any():
+            protocols = table.get(f"{name} protocol", pd.Series("", table.index))
+            mixed = protocols[table[name].notna()].nunique() > 1
+            title = COLUMNS[name].title + (" (of different protocols)" if mixed else "")
+            cells[title] = groups[name].agg(partial(COLUMNS[name].text_of_each, protocols))
+    return pd.DataFrame(cells).assign(runs=groups.size()).reset_index(drop=not keys)
 
 
 def tables(runs: Sequence[Metrics]) -> str:

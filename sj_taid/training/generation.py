@@ -16,7 +16,7 @@ from ..model.esvae import ESVAE
 from ..model.flow import CLASSES, FlowPrior, check_enough
 from ..model.spiking_vae import SpikingVAE
 from .callbacks import show_progress
-from .compare import OF_SAMPLES, are_alike
+from .compare import are_alike
 from .evaluator import Evaluator
 from .loss import FeatureLoss
 from .plot import draw_attention, draw_classes, draw_grid, draw_reconstructions
@@ -39,7 +39,7 @@ class Generation(Autoencoding):
     """
 
     model_attributes: tuple[str, ...] = ("training_loss", "sample")
-    objectives: tuple[str, ...] = (*Autoencoding.objectives, *OF_SAMPLES)
+    objectives = ("reconstruction", "fad", "fad_published", "fid", "inception_score")
 
     def __init__(
         self,

@@ -59,15 +59,14 @@ def test_summary_keeps_protocols_apart(runs):
     assert {*mixed[title]} == {"7.50 ± 0.71", "10.00, 12.00"}
 
 
-def test_frame_takes_a_choice_over_a_metric_of_its_name_and_over_a_folder():
+def test_summary_takes_a_choice_over_a_metric_of_its_name_and_over_a_folder():
     names = ["image_folder_cats", "image_folder_dogs"]
     two = [
         metrics(["dataset=image_folder", f"+loss={loss}"], {"dataset": name}) | {"loss": 0.5}
         for loss, name in zip(("mse", "tet"), names, strict=True)
     ]
-    table, keys = compare.frame(two)
-    assert keys == ["dataset", "loss"] and [*table["test_loss"]] == [0.5, 0.5]
-    assert [*table["dataset"]] == names and [*table["loss"]] == ["mse", "tet"]
+    table = compare.summary(two)[["dataset", "loss", "loss, last epoch ↓"]]
+    assert table.to_numpy().tolist() == [[names[0], "mse", "0.5000"], [names[1], "tet", "0.5000"]]
 
 
 def test_column_text_spreads_counts_that_differ():
