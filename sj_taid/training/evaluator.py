@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 import torch
 from pydantic import PositiveInt
+from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.wrappers import FeatureShare
 
 from .._internal.checks import expand_home
 from .._internal.context import seeded
-from .._internal.kinds import Seed, check_kinds
+from .._internal.kinds import Seed, check_kinds, declared_kinds
 from ..data import ImageData
 from ..metric import (
     AutoencoderCodes,
@@ -33,7 +31,7 @@ from ..metric import (
 )
 from ..metric.precision_recall import NEIGHBOURS
 from ..model import Autoencoder
-from .cache import cached, fit
+from .cache import cache_path, cached, fit_once
 from .callbacks import show_progress
 
 log = logging.getLogger(__name__)
@@ -74,8 +72,8 @@ class Evaluator:
 
     def __post_init__(self) -> None:
         self.cache_dir = expand_home(self.cache_dir)  # a config gives a string
-        declared = get_type_hints(Evaluator._trained_autoencoder, include_extras=True)
-        check_kinds(declared, self.autoencoder, "autoencoder.")
+        kinds = declared_kinds(Autoencoder) | get_type_hints(fit_once, include_extras=True)
+        check_kinds(kinds, self.autoencoder, "autoencoder.")
 
     def fad_alone(self) -> Evaluator:
         """The same without the metrics for which validation images may be too few."""
@@ -126,27 +124,18 @@ class Evaluator:
     def prepare(self, data: ImageData) -> list[tuple[MetricCollection, list[int]]]:
         """Metrics, already updated with the test images, and the batches of samples they take.
 
-        FAD is left out where the test images are too few for it.
+        FAD is left out where the test images are too few for it, but not if they are for
+        validation, which was asked for.
         """
-        groups: list[dict[str, Any]] = []
-        if self.inception_weights:
-            inception = Inception(self.inception_weights)
-            score = InceptionScore(inception, **ALONE)
-            groups.append({"fid": _distance(inception), "inception_score": score})
-        for name, metric in chain(*(group.items() for group in groups)):
-            self._check_enough(name, metric.needed, data if _real_states(metric) else None)
-        # A validation set was asked for.
-        self._check_enough("fad", self.needed, data if data.test_name == "validation" else None)
         published = self._published(data)
+        metrics: dict[str, Any] = {}
         with seeded(self.seed):  # loading the test images draws numbers too
-            if len(data.test_set) >= self.needed:
-                codes = AutoencoderCodes(self._trained_autoencoder(data, **self.autoencoder))
-                kinds = {"fad_precision": Precision, "fad_recall": Recall}
-                neighbours = {name: kind(codes, **ALONE) for name, kind in kinds.items()}
-                groups.append({"fad": _distance(codes), **neighbours})
-            metrics: dict[str, Metric | MetricCollection] = {}
-            for group in groups:
-                metrics |= self._share_network(group, data).items()
+            if self.inception_weights:
+                kinds = {"fid": FrechetDistance, "inception_score": InceptionScore}
+                metrics |= self._compare(data, Inception(self.inception_weights), kinds)
+            if len(data.test_set) >= self.needed or data.test_name == "validation":
+                kinds = {"fad": FrechetDistance, "fad_precision": Precision, "fad_recall": Recall}
+                metrics |= self._compare(data, self._codes(data), kinds)
         starts = range(0, self.samples, SAMPLES_AT_ONCE)
         batches = [min(SAMPLES_AT_ONCE, self.samples - start) for start in starts]
         measured = [(MetricCollection(metrics, compute_groups=False), batches)] if metrics else []
@@ -167,18 +156,21 @@ class Evaluator:
         metrics = MetricCollection({"fad_published": fad.to(self.device)})
         return [(metrics, [fad.batch_size] * fad.batches)]
 
-    def _check_enough(self, name: str, needed: int, data: ImageData | None) -> None:
-        counts = {"metric.samples": self.samples}
-        if data is not None:
-            counts[f"the number of {data.test_name} images"] = len(data.test_set)
-        for what, count in counts.items():
-            if count < needed:
-                raise ValueError(f"{name} needs at least {needed} images, but {what} is {count}")
-
-    def _share_network(self, group: dict[str, Any], data: ImageData) -> FeatureShare:
-        """Metrics of one network, which runs once for all, updated with the test images."""
-        shared = FeatureShare(group).to(self.device)
-        comparing = {name: metric for name, metric in group.items() if _real_states(metric)}
+    def _compare(
+        self, data: ImageData, network: Features, kinds: Mapping[str, type[Any]]
+    ) -> dict[str, Metric]:
+        """Metrics of a network, which runs once for all, updated with the test images."""
+        metrics: dict[str, Any] = {name: kind(network, **ALONE) for name, kind in kinds.items()}
+        comparing = {name: metric for name, metric in metrics.items() if _real_states(metric)}
+        for name, metric in metrics.items():
+            counts = {"metric.samples": self.samples}
+            if name in comparing:
+                counts[f"the number of {data.test_name} images"] = len(data.test_set)
+            for what, count in counts.items():
+                if count < metric.needed:
+                    needs = f"{name} needs at least {metric.needed} images"
+                    raise ValueError(f"{needs}, but {what} is {count}")
+        shared = FeatureShare(metrics).to(self.device)
 
         def make() -> dict[str, Any]:
             batches = data.test_dataloader()
@@ -189,56 +181,26 @@ class Evaluator:
             return {name: _real_states(metric) for name, metric in comparing.items()}
 
         protocols = (metric.protocol for metric in comparing.values())
-        path = self.cache_path("statistics", data, *protocols, data.fingerprint())
+        path = cache_path(self.cache_dir, "statistics", data, *protocols, data.fingerprint())
         for name, states in cached(path, make).items():
             for key, state in states.items():
                 setattr(comparing[name], key, state)
-        return shared.to(self.device)  # what was loaded too
+        shared.to(self.device)  # what was loaded too
+        return metrics
 
-    def _trained_autoencoder(
-        self,
-        data: ImageData,
-        hidden_channels: int | Sequence[int],
-        latent_channels: PositiveInt,
-        epochs: PositiveInt,
-        batch_size: PositiveInt,
-        seed: Seed,
-    ) -> Autoencoder:
-        widths = hidden_channels, latent_channels
-        untrained = partial(Autoencoder, data.channels, data.image_size, *widths)
+    def _codes(self, data: ImageData) -> AutoencoderCodes:
+        """The codes of FAD's autoencoder, which is trained first if need be."""
+        training = dict(self.autoencoder)
+        widths = training.pop("hidden_channels"), training.pop("latent_channels")
+        make = partial(Autoencoder, data.channels, data.image_size, *widths)
 
-        def train() -> dict[str, torch.Tensor]:
-            log.info("Training FAD's autoencoder on %s for %d epochs, once", data.name, epochs)
-            # From its own seed, so that every run looks through the same one.
-            with seeded(seed):
-                network = untrained().to(self.device)
-                adam = torch.optim.AdamW(network.parameters(), lr=1e-3)
-                error = fit(
-                    network,
-                    adam,
-                    data,
-                    epochs,
-                    batch_size,
-                    lambda x, _: network.training_loss(x)["loss"],
-                )
-            log.info("It is in %s; its reconstruction error is %.4f", self.cache_dir, error)
-            return network.state_dict()
+        def loss(network: Any, images: Tensor, labels: Tensor) -> Tensor:
+            return network.training_loss(images)["loss"]
 
-        autoencoder = untrained()
-        training = json.dumps(dict(self.autoencoder), sort_keys=True, default=list)
-        parts = training, repr(autoencoder), data.fingerprint(data.train_set)
-        path = self.cache_path("autoencoder", data, *parts)
-        autoencoder.load_state_dict(cached(path, train))
-        return autoencoder
-
-    def cache_path(self, kind: str, data: ImageData, *parts: str) -> Path:
-        """The file of what is made once for this data set and these ``parts``."""
-        digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-        return self.cache_dir / f"{kind}-{data.name}-{digest}.pt"
-
-
-def _distance(network: Features) -> FrechetDistance:
-    return FrechetDistance(network, reset_real_features=False, **ALONE)
+        training |= {"lr": 1e-3, "device": self.device}
+        return AutoencoderCodes(
+            fit_once(self.cache_dir, "autoencoder", make, loss, data, **training)
+        )
 
 
 def _real_states(metric: Any) -> dict[str, Any]:

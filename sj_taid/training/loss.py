@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .._internal.checks import SHARE, check, check_not_negative, check_sizes
-from .._internal.context import seeded
 from ..data import ImageData
-from .cache import cached, fit
-
-log = logging.getLogger(__name__)
+from .cache import fit_once
 
 #: of the feature loss's classifier
-WIDTH, EPOCHS = 16, 3
+WIDTH = 16
 
 
 class TET(nn.Module):
@@ -104,22 +100,16 @@ class FeatureLoss(nn.Module):
     def prepare(self, data: ImageData, cache_dir: Path) -> None:
         """Train the classifier, or load the one that was trained in an earlier run."""
 
-        def make() -> dict[str, Any]:
-            log.info("Training the classifier of the feature loss for %d epochs, once", EPOCHS)
-            with seeded(0):
-                blocks = _blocks(self.channels)
-                head = (nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(64 * WIDTH, self.classes))
-                network = nn.Sequential(blocks, *head)
-                adam = torch.optim.Adam(network.parameters(), lr=2e-3)
-                error = fit(
-                    network, adam, data, EPOCHS, 64, lambda x, y: F.cross_entropy(network(x), y)
-                )
-            log.info("Its cross entropy is %.3f", error)
-            return blocks.state_dict()
+        def make() -> nn.Sequential:
+            head = (nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(64 * WIDTH, self.classes))
+            return nn.Sequential(_blocks(self.channels), *head)
 
-        made_by = f"{EPOCHS}x{WIDTH}-{data.fingerprint(data.train_set)}"
-        name = f"features-{data.name}-{made_by}.pt"
-        self.blocks.load_state_dict(cached(cache_dir / name, make))
+        def loss(network: Any, images: Tensor, labels: Tensor) -> Tensor:
+            return F.cross_entropy(network(images), labels)
+
+        training: dict[str, Any] = {"lr": 2e-3, "epochs": 3, "batch_size": 64, "seed": 0}
+        classifier = fit_once(cache_dir, "classifier", make, loss, data, **training)
+        self.blocks.load_state_dict(classifier[0].state_dict())
 
     def forward(self, output: Tensor, image: Tensor) -> Tensor:
         """The loss of reconstructions ``output`` of ``image``, ``[N, C, H, W]`` in [-1, 1]."""
