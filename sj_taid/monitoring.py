@@ -134,6 +134,12 @@ class monitor(AbstractContextManager["monitor"]):
             for path, count in self._counts.items()
         }
 
+    def firing_rate(self) -> float:
+        """Spikes per neuron and time step, of all layers together; NaN before the first input."""
+        counts = self._counts.values()
+        steps = float(sum(count.steps for count in counts))
+        return float(sum(count.spikes for count in counts)) / steps if steps else math.nan
+
     def __str__(self) -> str:
         states = self.layers()
         notes, rows = self._notes(states), []

@@ -46,6 +46,16 @@ class Features(nn.Module):
         raise NotImplementedError
 
 
+def check_enough(metric: str, needed: int, **counts: int) -> None:
+    """Raise a ``ValueError`` if there are fewer images of a kind than a metric needs."""
+    for kind, count in counts.items():
+        if count < needed:
+            raise ValueError(
+                f"{metric} needs at least {needed} images, and the papers use 5000, but got "
+                f"{count} {kind} ones; add images"
+            )
+
+
 class FrechetDistance(FrechetInceptionDistance):
     r"""Frechet distance between real and generated images, as if their features were Gaussian.
 
@@ -81,14 +91,8 @@ class FrechetDistance(FrechetInceptionDistance):
 
     def compute(self) -> Tensor:
         """The distance of all images so far."""
-        counts = self.real_features_num_samples, self.fake_features_num_samples
-        for kind, count in zip(("real", "generated"), map(int, counts), strict=True):
-            if count < self.needed:
-                raise ValueError(
-                    f"the Frechet distance got {count} {kind} images; a covariance of "
-                    f"{self.needed - 1} features needs at least {self.needed}, and the papers "
-                    "use 5000: add images"
-                )
+        real, generated = self.real_features_num_samples, self.fake_features_num_samples
+        check_enough("the Frechet distance", self.needed, real=int(real), generated=int(generated))
         return super().compute()
 
 

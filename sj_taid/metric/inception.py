@@ -13,7 +13,7 @@ from torchmetrics.utilities.data import dim_zero_cat
 
 from .._internal.checks import expand_home
 from .._internal.extras import needs
-from .frechet import Features
+from .frechet import Features, check_enough
 
 
 class Inception(Features):
@@ -37,7 +37,10 @@ class Inception(Features):
         super().__init__()
         with needs("torch-fidelity"):
             from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3 as url
-        path = _download(url) if weights == "download" else expand_home(weights)
+        if weights == "download":  # to where torch-fidelity keeps them
+            torch.hub.load_state_dict_from_url(url, check_hash=True, weights_only=True)
+            weights = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
+        path = expand_home(weights)
         if not path.is_file():
             raise FileNotFoundError(
                 f"no Inception weights at {path}; get {url} and give its path, or give 'download' "
@@ -72,16 +75,6 @@ def to_uint8(images: Tensor) -> Tensor:
         )
     scaled = (images.float().clamp(-1, 1) + 1) * 127.5
     return scaled.round().to(torch.uint8).expand(-1, 3, -1, -1)
-
-
-def _download(url: str) -> Path:
-    """Fetch the weights, unless they are there, to where torch-fidelity keeps them."""
-    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # The name ends with the first digits of the file's hash.
-        torch.hub.download_url_to_file(url, str(path), path.stem.rsplit("-", 1)[1])
-    return path
 
 
 class InceptionScore(inception.InceptionScore):
@@ -121,9 +114,5 @@ class InceptionScore(inception.InceptionScore):
     def compute(self) -> Tensor:  # type: ignore[override]  # without the standard deviation
         """The score of all images so far."""
         count = len(dim_zero_cat(self.features))
-        if count < self.needed:
-            raise ValueError(
-                f"the Inception score got {count} images; {self.needed} classes need at least as "
-                "many, and the papers use 5000: add images"
-            )
+        check_enough("the Inception score", self.needed, generated=count)
         return super().compute()[0]

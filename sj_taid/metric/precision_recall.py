@@ -8,7 +8,7 @@ from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
 from .._internal.extras import needs
-from .frechet import Features
+from .frechet import Features, check_enough
 
 with needs("torch-fidelity"):
     from torch_fidelity.metric_prc import prc_features_to_metric
@@ -67,19 +67,18 @@ class Precision(torchmetrics.Metric):
 
     def compute(self) -> Tensor:
         """The precision, or the recall, of all images so far."""
-        sets = []
-        for kind, parts in {"real": self.real_features, "generated": self.fake_features}.items():
-            # In float64 it is exact where groups lie far apart, by a product of matrices too.
-            features = dim_zero_cat(parts).double() if len(parts) else torch.zeros(0)
-            if len(features) < self.needed:
-                raise ValueError(
-                    f"precision and recall by {self.k} nearest neighbours need at least "
-                    f"{self.needed} images of each kind, but got {len(features)} {kind} ones; add "
-                    "images"
-                )
-            sets.append(features)
-        n, generator = min(map(len, sets)), torch.Generator().manual_seed(0)
-        real, generated = (x[torch.randperm(len(x), generator=generator)[:n]] for x in sets)
+        # In float64 it is exact where groups lie far apart, by a product of matrices too.
+        real, generated = (
+            dim_zero_cat(parts).double() if len(parts) else torch.zeros(0)
+            for parts in (self.real_features, self.fake_features)
+        )
+        what = f"precision or recall by {self.k} nearest neighbours"
+        check_enough(what, self.needed, real=len(real), generated=len(generated))
+        n, generator = min(len(real), len(generated)), torch.Generator().manual_seed(0)
+        real, generated = (
+            features[torch.randperm(len(features), generator=generator)[:n]]
+            for features in (real, generated)
+        )
         found = prc_features_to_metric(
             generated,
             real,

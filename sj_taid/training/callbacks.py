@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +19,7 @@ from rich.progress import track
 from .._internal.context import eval_mode, seeded
 from .._internal.neurons import find_neurons
 from ..monitoring import monitor, notes_on_thresholds, warn_of
-from .plot import draw_curves, draw_parameters, neuron_parameters
+from .plot import draw_curves, draw_parameters
 
 log = logging.getLogger(__name__)
 
@@ -66,58 +65,53 @@ class ProgressBar(RichProgressBar):
             log.info("%s: %s", epoch, ", ".join(shown))
 
 
+@torch.no_grad()
+def watch_neurons(trainer: L.Trainer, task: Any, x: torch.Tensor | None = None) -> monitor | None:
+    """A monitor of a task's neurons, which has seen a pass of ``x``; None where there are none."""
+    if not find_neurons(task.model):
+        return None
+    eager = torch.compiler.set_stance("force_eager")
+    precision = trainer.precision_plugin.forward_context()
+    with monitor(task.model) as watch, eval_mode(task.model), seeded(0), eager, precision:
+        if x is not None:
+            task.model(task.model_input(x))
+    return watch
+
+
 class History(L.Callback):
-    """Metrics and neurons' parameters of each epoch, drawn into ``folder`` after the test."""
+    """Metrics and neurons' states of each epoch, drawn into ``folder`` after the test."""
 
     def __init__(self, folder: Path, draw: bool) -> None:
         self.folder = folder
         self.draw = draw
-        self.parameters: list[dict[str, dict[str, float]]] = []
+        self.neurons: list[dict[str, float]] = []  # the first are of the start
         self.epochs: list[dict[str, float]] = []
-        self.validated = False
-        self.batch: torch.Tensor | None = None
+        self.validated: torch.Tensor | None = None  # some samples, where an epoch was validated
 
     def on_fit_start(self, trainer: L.Trainer, task: Any) -> None:
-        if not self.parameters:  # not so when a run is resumed
-            self.parameters.append(neuron_parameters(task.model))
-
-    def on_train_epoch_start(self, trainer: L.Trainer, task: Any) -> None:
-        rate = trainer.optimizers[0].param_groups[0]["lr"]
-        for tracker in trainer.loggers:
-            tracker.log_metrics({"learning_rate": rate}, trainer.global_step)
-
-    def on_validation_end(self, trainer: L.Trainer, task: Any) -> None:
-        self.validated = not trainer.sanity_checking
-
-    def on_train_epoch_end(self, trainer: L.Trainer, task: Any) -> None:
-        self.parameters.append(neuron_parameters(task.model))
-        # Lightning keeps the values of an earlier validation.
-        ours = ("train/", "val/") if self.validated else ("train/",)
-        self.validated = False
-        logged = trainer.callback_metrics.items()  # other callbacks' too, such as learning rates
-        self.epochs.append({name: float(x) for name, x in logged if name.startswith(ours)})
-        if trainer.loggers and trainer.is_global_zero:
-            states = self.describe_neurons(trainer, task)
-            for tracker in trainer.loggers:
-                tracker.log_metrics(states, trainer.global_step)
+        if not self.neurons:  # not so when a run is resumed
+            self.neurons.append(self.describe_neurons(trainer, task))
 
     def on_validation_batch_start(self, trainer: L.Trainer, task: Any, batch: Any, *_: Any) -> None:
-        self.batch = batch[0][:8]
+        self.validated = None if trainer.sanity_checking else batch[0][:8]
 
-    @torch.no_grad()
+    def on_train_epoch_end(self, trainer: L.Trainer, task: Any) -> None:
+        # Lightning keeps the values of an earlier validation.
+        ours = ("train/",) if self.validated is None else ("train/", "val/")
+        logged = trainer.callback_metrics.items()  # other callbacks' too, such as learning rates
+        self.epochs.append({name: float(x) for name, x in logged if name.startswith(ours)})
+        self.neurons.append(self.describe_neurons(trainer, task))
+        self.validated = None
+        for tracker in trainer.loggers:
+            tracker.log_metrics(self.neurons[-1], trainer.global_step)
+
     def describe_neurons(self, trainer: L.Trainer, task: Any) -> dict[str, float]:
-        """Each layer's tau, threshold and firing rate on some samples of the validation."""
-        if self.batch is None or not find_neurons(task.model):
-            return {}
-        eager = torch.compiler.set_stance("force_eager")
-        precision = trainer.precision_plugin.forward_context()
-        with monitor(task.model) as watch, eval_mode(task.model), seeded(0), eager, precision:
-            task.model(task.model_input(self.batch))
-        with warnings.catch_warnings(action="ignore"):  # about dead layers, in each epoch
-            states = watch.state()
+        """Each layer's tau, threshold and, if trackers show it, firing rate in the validation."""
+        watch = watch_neurons(trainer, task, self.validated if trainer.loggers else None)
+        layers = watch.layers() if watch else {}
         return {
-            f"{name}/{layer}": value
-            for layer, state in states.items()
+            f"{name}/{path}": value
+            for path, state in layers.items()
             for name, value in asdict(state).items()
             if value is not None
         }
@@ -135,18 +129,18 @@ class History(L.Callback):
             data: Any = trainer.datamodule  # type: ignore[attr-defined]
             part = "test" if data.validation_set is None else "validation"
             draw_curves(self.epochs, self.folder / "curves.png", f"{part} set")
-            if self.parameters[0]:
-                draw_parameters(self.parameters, self.folder / "parameters.png")
+            if self.neurons[0]:
+                draw_parameters(self.neurons, self.folder / "parameters.png")
         for tracker in trainer.loggers:
             if isinstance(tracker, TensorBoardLogger):
                 for path in sorted(self.folder.glob("*.png")):
                     tracker.experiment.add_image(path.stem, imread(path), dataformats="HWC")
 
     def state_dict(self) -> dict[str, Any]:
-        return {"parameters": self.parameters, "epochs": self.epochs}
+        return {"neurons": self.neurons, "epochs": self.epochs}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.parameters, self.epochs = state["parameters"], state["epochs"]
+        self.neurons, self.epochs = state["neurons"], state["epochs"]
 
 
 class Stopwatch(Timer):

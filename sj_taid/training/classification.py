@@ -64,11 +64,12 @@ class Classification(Task):
 
     def evaluate(self, data: Data, evaluator: Any) -> dict[str, Any]:
         how = f"trained on {len(data.train_set)} samples, tested on {len(data.test_set)}"
-        names = ["accuracy", "accuracy_best_test_epoch"]
+        tested, validated = ["accuracy"], ["accuracy_best_test_epoch"]
         if data.validation_set is not None:
-            names = ["accuracy", "accuracy_best_validation_epoch", "validation_accuracy"]
             how += f", validated on {len(data.validation_set)}"
-        return {"protocol": dict.fromkeys(names, how)}
+            tested, validated = [*tested, "accuracy_best_validation_epoch"], ["validation_accuracy"]
+        protocol = dict.fromkeys(tested, how + self.describe_limit("test"))
+        return {"protocol": protocol | dict.fromkeys(validated, how + self.describe_limit("val"))}
 
     def draw(self, images: Tensor, folder: Path) -> None:
         data = self.trainer.datamodule  # type: ignore[attr-defined]

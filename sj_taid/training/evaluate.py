@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import lightning as L
-import torch
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor, distributed
+from torch import distributed
 
-from .._internal.compat import NEURONS
-from .._internal.context import eval_mode, seeded
-from ..monitoring import spikes_of
-from .callbacks import ProgressBar
+from .._internal.context import seeded
+from .callbacks import ProgressBar, watch_neurons
 from .checkpoint import load_weights, read_checkpoint
-from .compare import COSTS
 from .config import flatten, merge
 from .evaluator import Evaluator
 from .messages import show_metrics
@@ -51,7 +46,6 @@ def evaluate(cfg: DictConfig, **origin: Any) -> dict[str, Any]:
         protocol = metrics.pop("protocol", {})
         protocol = {name: protocol[name] for name in metrics if name in protocol}
         if run.checkpoint == run.best:
-            metrics = {name: value for name, value in metrics.items() if name not in COSTS}
             protocol, metrics = rename_for_best_epoch(protocol), rename_for_best_epoch(metrics)
         evaluation = {
             "protocol": protocol,
@@ -107,16 +101,11 @@ def measure(
         distributed.destroy_process_group()
     if not trainer.is_global_zero:
         return tested
-    metrics = tested | task.evaluate(data, evaluator) | measure_costs(task, trainer, data)
-    protocol = metrics.get("protocol", {})
-    validated = {f"{task.chosen_by}_best_test_epoch", *(f"validation_{name}" for name in tested)}
-    for option, names in (
-        ("limit_test_batches", {*tested, *rename_for_best_epoch(tested)}),
-        ("limit_val_batches", validated),
-    ):
-        if isinstance(limit := getattr(trainer, option), int) or limit < 1.0:
-            for name in names & protocol.keys():
-                protocol[name] += f", stopped by trainer.{option}={limit}"
+    metrics = tested | task.evaluate(data, evaluator)
+    x, _ = next(iter(data.test_dataloader()))
+    x = trainer.precision_plugin.convert_input(x[:8].to(next(task.model.parameters()).device))
+    if watch := watch_neurons(trainer, task, x):
+        metrics["firing_rate"] = watch.firing_rate()
     return metrics
 
 
@@ -152,29 +141,6 @@ def select_validation_metrics(
         return {k.replace("val/", "validation_"): v for k, v in logged if k.startswith("val/")}
     values = [epoch[key] for epoch in epochs if (key := f"val/{task.chosen_by}") in epoch]
     return {f"{task.chosen_by}_best_test_epoch": max(values)} if values else {}
-
-
-@torch.no_grad()
-def measure_costs(task: Task, trainer: L.Trainer, data: L.LightningDataModule) -> dict[str, float]:
-    """The neurons' mean firing rate in one pass of test samples."""
-    x, _ = next(iter(data.test_dataloader()))
-    precision = trainer.precision_plugin
-    x = precision.convert_input(x[:8].to(next(task.model.parameters()).device))
-    fired, neurons = 0.0, 0
-
-    def count(node: Any, inputs: Any, output: Tensor) -> None:
-        nonlocal fired, neurons
-        spikes = spikes_of(node, output)
-        fired, neurons = fired + float(spikes.sum()), neurons + spikes.numel()
-
-    with ExitStack() as contexts, eval_mode(task.model), precision.forward_context():
-        contexts.enter_context(torch.compiler.set_stance("force_eager"))
-        for module in task.model.modules():
-            if isinstance(module, NEURONS):
-                contexts.enter_context(module.register_forward_hook(count))
-        with seeded(0):
-            task.model(task.model_input(x))
-    return {"firing_rate": fired / neurons} if neurons else {}
 
 
 def test(task: Task, trainer: L.Trainer, data: L.LightningDataModule) -> dict[str, Any]:

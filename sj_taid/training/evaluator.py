@@ -161,15 +161,13 @@ class Evaluator:
     ) -> dict[str, Metric]:
         """Metrics of a network, which runs once for all, updated with the test images."""
         metrics: dict[str, Any] = {name: kind(network, **ALONE) for name, kind in kinds.items()}
+        needed = max(metric.needed for metric in metrics.values())
+        images = f"the number of {data.test_name} images"
+        for what, count in {"metric.samples": self.samples, images: len(data.test_set)}.items():
+            if count < needed:
+                names = ", ".join(metrics)
+                raise ValueError(f"{names} need at least {needed} images, but {what} is {count}")
         comparing = {name: metric for name, metric in metrics.items() if _real_states(metric)}
-        for name, metric in metrics.items():
-            counts = {"metric.samples": self.samples}
-            if name in comparing:
-                counts[f"the number of {data.test_name} images"] = len(data.test_set)
-            for what, count in counts.items():
-                if count < metric.needed:
-                    needs = f"{name} needs at least {metric.needed} images"
-                    raise ValueError(f"{needs}, but {what} is {count}")
         shared = FeatureShare(metrics).to(self.device)
 
         def make() -> dict[str, Any]:

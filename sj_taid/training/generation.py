@@ -52,10 +52,8 @@ class Generation(Autoencoding):
         self.prior_lr_scale = prior_lr_scale
         self.feature_loss = feature_loss
         if prior_lr_scale is not None and not isinstance(self.model, ESVAE):
-            raise ValueError(
-                f"task.prior_lr_scale={prior_lr_scale} is for ESVAE's learned prior, but the model "
-                f"is {type(self.model).__name__}; leave it out, or choose model=esvae"
-            )
+            name = type(self.model).__name__
+            raise ValueError(f"task.prior_lr_scale is for model=esvae, not {name}; leave it out")
 
     @property
     def flow(self) -> FlowPrior | None:
@@ -124,22 +122,21 @@ class Generation(Autoencoding):
         if are_alike(metrics):  # one image, near which there is a real one or not
             for name in ("fad_precision", "fad_recall"):
                 metrics.pop(name, None)
-                metrics["protocol"].pop(name, None)
-        for name, how in super().evaluate(data, evaluator)["protocol"].items():
-            exact = ", exact spike counts" if isinstance(model, ESVAE) else ""
-            metrics["protocol"][name] = how + exact
+        exact = ", exact spike counts" if isinstance(model, ESVAE) else ""
+        reconstructed = super().evaluate(data, evaluator)["protocol"].items()
+        metrics["protocol"] |= {name: how + exact for name, how in reconstructed}
         if data.validation_set is not None:
             validated = evaluator.fad_alone().evaluate_samples(model, data.test_on_validation())
             metrics["validation_fad"] = validated["fad"]
             metrics["protocol"]["validation_fad"] = validated["protocol"]["fad"]
         if isinstance(model, ESVAE):
             metrics["prior"] = model.sample_from
-            if self.flow:
-                with model.draw_from("learned"):
-                    others = evaluator.evaluate_samples(model, data)
-                for name, how in others["protocol"].items():
-                    metrics[f"{name}_learned"] = others[name]
-                    metrics["protocol"][f"{name}_learned"] = f"{how}, drawn from the prior learned"
+        if self.flow:
+            with model.draw_from("learned"):
+                others = evaluator.evaluate_samples(model, data)
+            for name, how in others["protocol"].items():
+                metrics[f"{name}_learned"] = others[name]
+                metrics["protocol"][f"{name}_learned"] = f"{how}, drawn from the prior learned"
         return metrics
 
     @torch.no_grad()

@@ -11,28 +11,16 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics.utilities.plot import plot_confusion_matrix
 from torchvision.utils import make_grid, save_image
 
-from .._internal import compat
 from ..layer import FixedDecoder
-from ..monitoring import tau_and_threshold
 from .files import atomic_write
 
 #: of figures
 DPI = 130
-
-
-def neuron_parameters(net: nn.Module) -> dict[str, dict[str, float]]:
-    """The name, tau and V_th (their means, where a layer has many) of every neuron in ``net``."""
-    found = {}
-    for name, node in net.named_modules():
-        if isinstance(node, compat.NEURONS):
-            tau, threshold = tau_and_threshold(node)
-            found[name] = {"tau": np.inf if tau is None else tau, "v_threshold": threshold}
-    return found
 
 
 def draw_grid(images: Tensor, path: Path, columns: int, names: Sequence[str] = ()) -> None:
@@ -84,18 +72,18 @@ def draw_recordings(frames: Tensor, path: Path) -> None:
     draw_grid(2 * colours.flatten(0, 1) - 1, path, frames.shape[1])
 
 
-def draw_parameters(history: list[dict[str, dict[str, float]]], path: Path) -> None:
+def draw_parameters(history: list[dict[str, float]], path: Path) -> None:
     """Draw tau and V_th of every layer over the epochs; entry 0 is the start."""
+    table = pd.DataFrame(history)
     figure = Figure((11, 4.2), layout="tight")
     axes = figure.subplots(1, 2)
-    names = [*history[0]]
-    for axis, key, label in (
-        (axes[0], "tau", r"membrane time constant $\tau$ (time steps)"),
-        (axes[1], "v_threshold", r"threshold $V_{th}$ (dimensionless)"),
+    for axis, name, label in (
+        (axes[0], "tau/", r"membrane time constant $\tau$ (time steps)"),
+        (axes[1], "v_threshold/", r"threshold $V_{th}$ (dimensionless)"),
     ):
-        values = [[neuron[key] for neuron in epoch.values()] for epoch in history]
-        axis.set_prop_cycle(color=colormaps["viridis"](np.linspace(0, 0.95, len(names))))
-        axis.plot(values, label=names)
+        layers = table.filter(regex=f"^{name}")
+        axis.set_prop_cycle(color=colormaps["viridis"](np.linspace(0, 0.95, layers.shape[1])))
+        axis.plot(layers, label=layers.columns.str.removeprefix(name))
         _label(axis, "epoch", label)
     axes[1].legend(
         fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5), title="layer", frameon=False
@@ -104,18 +92,13 @@ def draw_parameters(history: list[dict[str, dict[str, float]]], path: Path) -> N
     save(figure, path)
 
 
-def time_shares(attention: Tensor) -> Tensor:
-    """Each step's share of an image decoder's weights, ``a[t] / sum a``: ``[T, N, C]``.
+def draw_attention(attention: Tensor, path: Path) -> None:
+    """Draw each time step's share of an image decoder's weights, next to the fixed decoder's.
 
-    Weights per pixel, ``[T, N, C, H, W]``, are averaged over the pixels first.
+    They are ``[T, N, C]`` or, averaged over the pixels first, ``[T, N, C, H, W]``.
     """
     weights = attention.flatten(3).mean(3) if attention.dim() == 5 else attention
-    return weights / weights.sum(0)
-
-
-def draw_attention(attention: Tensor, path: Path) -> None:
-    """Draw each time step's share of an image decoder's weights, next to the fixed decoder's."""
-    shares = time_shares(attention).detach().cpu().numpy()
+    shares = (weights / weights.sum(0)).detach().cpu().numpy()
     T, _, channels = shares.shape
     steps = np.arange(1, T + 1)
     figure = Figure((6.4, 4), layout="tight")
@@ -135,16 +118,6 @@ def draw_attention(attention: Tensor, path: Path) -> None:
     save(figure, path)
 
 
-#: what the terms of a generator's loss are, by the names that they are logged under
-TERMS = {
-    "reconstruction": "mean squared error",
-    "latent": "distance of latent and prior",
-    "gradient": "error of neighbouring pixels' differences",
-    "chroma": "error of colour",
-    "features": "error of a classifier's features",
-}
-
-
 def draw_curves(epochs: list[dict[str, float]], path: Path, validated_on: str) -> None:
     """Draw metrics over the epochs: ``train/<name>`` and ``val/<name>`` in one plot per name."""
     table = pd.DataFrame(epochs, index=range(1, len(epochs) + 1))
@@ -156,7 +129,7 @@ def draw_curves(epochs: list[dict[str, float]], path: Path, validated_on: str) -
             if f"{stage}/{name}" in table:
                 curve = table[f"{stage}/{name}"].dropna()
                 axis.plot(curve, marker="o", markersize=3, label=label)
-        _label(axis, "epoch", TERMS.get(name, name))
+        _label(axis, "epoch", name)
         axis.legend(fontsize=8)
     save(figure, path)
 

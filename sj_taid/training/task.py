@@ -147,6 +147,13 @@ class Task(L.LightningModule):
         """Metrics of the trained model that its test does not log, and under ``protocol`` how."""
         return {}
 
+    def describe_limit(self, stage: str) -> str:
+        """What a protocol adds where an option of the trainer cuts the ``stage`` short."""
+        option = f"limit_{stage}_batches"
+        limit = getattr(self.trainer, option)
+        whole = isinstance(limit, float) and limit == 1.0
+        return "" if whole else f", stopped by trainer.{option}={limit}"
+
     def draw(self, images: Tensor, folder: Path) -> None:
         """Draw pictures of the tested model, from some images of the test set."""
         raise NotImplementedError
@@ -198,11 +205,11 @@ class Autoencoding(Task):
 
     def evaluate(self, data: ImageData, evaluator: Any) -> dict[str, Any]:
         how = "mean squared error, images in [-1, 1], "
-        protocol = {"reconstruction": how + data.describe_test_set()}
+        tested = how + data.describe_test_set() + self.describe_limit("test")
+        protocol = {"reconstruction": tested}
         if data.validation_set is not None:
-            protocol["validation_reconstruction"] = (
-                how + data.test_on_validation().describe_test_set()
-            )
+            validated = data.test_on_validation().describe_test_set() + self.describe_limit("val")
+            protocol["validation_reconstruction"] = how + validated
         return {"protocol": protocol}
 
     def draw(self, images: Tensor, folder: Path) -> None:

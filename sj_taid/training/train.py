@@ -10,7 +10,7 @@ from typing import Any
 import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
-from lightning.pytorch.callbacks import LambdaCallback, ProgressBar
+from lightning.pytorch.callbacks import LambdaCallback, LearningRateMonitor, ProgressBar
 from omegaconf import DictConfig, OmegaConf
 
 from .._internal.build import is_below
@@ -78,6 +78,7 @@ def train(cfg: DictConfig, folder: str | Path, **origin: Any) -> dict[str, Any]:
         LambdaCallback(on_fit_start=lambda trainer, _: save_start(run, parts, origin, trainer)),
         *checkpoint_callbacks(run.checkpoint, run.best, task.monitor(data)),
         *(timer, RandomNumbers(), history, *parts.callbacks),
+        *([LearningRateMonitor("epoch")] if parts.logger else []),
     ]
     trainer = parts.trainer(
         default_root_dir=run.folder,

@@ -58,7 +58,7 @@ def test_precision_of_groups_far_from_each_other(size):
 
 
 def test_precision_refuses_too_few_images():
-    with pytest.raises(ValueError, match=r"by 4 .* at least 5 images of each kind, but got 4 real"):
+    with pytest.raises(ValueError, match=r"by 4 .* at least 5 images, .*but got 4 real"):
         compute(Precision(Pixels(), k=4), REAL, [*GENERATED, 1.0])
-    with pytest.raises(ValueError, match=r"but got 0 generated ones; add images"):
+    with pytest.raises(ValueError, match=r"but got 0 generated ones; add"):
         compute(Precision(Pixels(), k=3), REAL, [])

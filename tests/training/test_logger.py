@@ -49,7 +49,7 @@ def test_tensorboard_has_each_layers_state_and_pictures(tiny, tmp_path):
     assert len(layers) == 4
     for name in ("firing_rate", "v_threshold"):
         assert {f"{name}/{layer}" for layer in layers} <= {*tags["scalars"]}
-    assert events.Scalars("learning_rate")[0].value == pytest.approx(1e-3)
+    assert events.Scalars("lr-Adam/weights")[0].value == pytest.approx(1e-3)
     assert {"confusion", "curves", "parameters"} <= {*tags["images"]}
 
 

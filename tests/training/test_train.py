@@ -188,7 +188,7 @@ def test_interrupted_run_resumes_in_its_folder_with_its_choices(
     assert metrics["training_seconds"] > before["callbacks"]["Stopwatch"]["time_elapsed"]["train"]
     resumed = torch.load(there.checkpoint, weights_only=True)
     history, earlier = (saved["callbacks"]["History"] for saved in (resumed, before))
-    assert len(history["parameters"]) == 5 and len(history["epochs"]) == 4
+    assert len(history["neurons"]) == 5 and len(history["epochs"]) == 4
     assert history["epochs"][:2] == earlier["epochs"] and resumed["global_step"] == 2 * 4
     assert [path.name for path in place.iterdir()] == [there.folder.name]
 
