@@ -41,8 +41,10 @@ def fit_once(
 
     def train() -> dict[str, Any]:
         # Of a distributed run each process has all images.
-        options = {"shuffle": True, "drop_last": len(data.train_set) >= batch_size}
-        loader = data.loader(data.train_set, batch_size=batch_size, **options)
+        drop_last = len(data.train_set) >= batch_size
+        loader = data.loader(
+            data.train_set, batch_size=batch_size, shuffle=True, drop_last=drop_last
+        )
         adam = torch.optim.AdamW(network.parameters(), lr=lr)
         for epoch in range(1, epochs + 1):
             errors = []

@@ -57,7 +57,7 @@ def test_evaluator_makes_autoencoder_and_statistics_once(evaluator, tmp_path, mo
     files = set(evaluator.cache_dir.glob("*.pt"))
     assert {file.name.split("-")[0] for file in files} == {"autoencoder", "statistics"}
     with monkeypatch.context() as patch:
-        patch.setattr(type(data), "train_dataloader", None)
+        patch.setattr(torch.optim, "AdamW", None)
         patch.setattr(data, "test_dataloader", None)
         assert_equal(states(evaluator, data), first)
 
