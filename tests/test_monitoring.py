@@ -47,6 +47,9 @@ def test_monitor_counts_over_calls():
     assert all(text in table for text in ("rate", "threshold", "0.7", f"{expected:.4g}", "-"))
     watch.clear()
     assert watch.state()["0"].firing_rate is None
+    net[3](torch.ones(1, 1, 2))  # two spikes of two, and none of six
+    net[1](torch.zeros(1, 3, 2))
+    assert watch.firing_rate() == 0.25
 
 
 @pytest.mark.parametrize(

@@ -106,8 +106,10 @@ class InceptionScore(inception.InceptionScore):
             f"{self.splits} splits, torchmetrics {torchmetrics.__version__}"
         )
 
-    def update(self, imgs: Tensor) -> None:
-        """Add images ``[N, C, H, W]`` in [-1, 1]."""
+    def update(self, imgs: Tensor, real: bool = False) -> None:
+        """Add images ``[N, C, H, W]`` in [-1, 1]; real ones do not count."""
+        if real:
+            return
         with torch.autocast(imgs.device.type, enabled=False):
             self.features.append(self.classifier(self.inception(imgs)))
 

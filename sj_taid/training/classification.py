@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from ..data import Data
-from .plot import draw_confusion, draw_recordings
+from .plot import draw_confusion
 from .task import Task
 
 
@@ -51,16 +51,13 @@ class Classification(Task):
     def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
         self._step("val", batch)
 
-    def on_test_epoch_start(self) -> None:
-        self.confusion.reset()
-
     def test_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
         _, rates = self._step("test", batch)
         self.confusion.update(rates, batch[1])
 
     def on_test_epoch_end(self) -> None:
-        # Every process takes part in the sum; the first then draws it.
-        self.confusion.compute()
+        self.counts = self.confusion.compute()  # summed over all processes
+        self.confusion.reset()
 
     def evaluate(self, data: Data, evaluator: Any) -> dict[str, Any]:
         how = f"trained on {len(data.train_set)} samples, tested on {len(data.test_set)}"
@@ -73,9 +70,7 @@ class Classification(Task):
 
     def draw(self, images: Tensor, folder: Path) -> None:
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        draw_confusion(self.confusion.compute(), data.class_names, folder / "confusion.png")
-        if images.dim() == 5:
-            draw_recordings(images[:8].cpu(), folder / "recordings.png")
+        draw_confusion(self.counts, data.class_names, folder / "confusion.png")
 
     def _step(self, stage: str, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         x, label = self.model_input(batch[0]), batch[1]

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_type_hints
 import torch
 from pydantic import PositiveInt
 from torch import Tensor
-from torchmetrics import Metric, MetricCollection
+from torchmetrics import MetricCollection
 from torchmetrics.wrappers import FeatureShare
 
 from .._internal.checks import expand_home
@@ -158,33 +158,29 @@ class Evaluator:
 
     def _compare(
         self, data: ImageData, network: Features, kinds: Mapping[str, type[Any]]
-    ) -> dict[str, Metric]:
+    ) -> dict[Any, Any]:
         """Metrics of a network, which runs once for all, updated with the test images."""
-        metrics: dict[str, Any] = {name: kind(network, **ALONE) for name, kind in kinds.items()}
-        needed = max(metric.needed for metric in metrics.values())
+        made = {name: kind(network, **ALONE) for name, kind in kinds.items()}
+        needed = max(metric.needed for metric in made.values())
         images = f"the number of {data.test_name} images"
         for what, count in {"metric.samples": self.samples, images: len(data.test_set)}.items():
             if count < needed:
-                names = ", ".join(metrics)
+                names = ", ".join(made)
                 raise ValueError(f"{names} need at least {needed} images, but {what} is {count}")
-        comparing = {name: metric for name, metric in metrics.items() if _real_states(metric)}
-        shared = FeatureShare(metrics).to(self.device)
+        metrics = FeatureShare(made).to(self.device)
 
         def make() -> dict[str, Any]:
             batches = data.test_dataloader()
             for images, _ in show_progress(batches, "Statistics of the test images"):
-                moved = images.to(self.device)
-                for metric in comparing.values():
-                    metric.update(moved, real=True)
-            return {name: _real_states(metric) for name, metric in comparing.items()}
+                metrics.update(images.to(self.device), real=True)
+            return {name: _real_states(metric) for name, metric in made.items()}
 
-        protocols = (metric.protocol for metric in comparing.values())
+        protocols = (metric.protocol for metric in made.values())
         path = cache_path(self.cache_dir, "statistics", data, *protocols, data.fingerprint())
         for name, states in cached(path, make).items():
             for key, state in states.items():
-                setattr(comparing[name], key, state)
-        shared.to(self.device)  # what was loaded too
-        return metrics
+                setattr(made[name], key, state)
+        return dict(metrics.to(self.device))  # what was loaded too
 
     def _codes(self, data: ImageData) -> AutoencoderCodes:
         """The codes of FAD's autoencoder, which is trained first if need be."""

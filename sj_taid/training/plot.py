@@ -64,14 +64,6 @@ def draw_reconstructions(images: Tensor, reconstructions: Tensor, path: Path) ->
     draw_grid(torch.cat([row for pair in zip(*pairs, strict=True) for row in pair]), path, columns)
 
 
-def draw_recordings(frames: Tensor, path: Path) -> None:
-    """Draw a row of frames per recording ``[n, T, 2, H, W]``: darker is blue, brighter is red."""
-    shades = (frames / frames.amax((1, 2, 3, 4), keepdim=True).clamp(min=1)).sqrt()
-    darker, brighter = shades.unbind(2)
-    colours = torch.stack([1 - darker, 1 - torch.maximum(darker, brighter), 1 - brighter], 2)
-    draw_grid(2 * colours.flatten(0, 1) - 1, path, frames.shape[1])
-
-
 def draw_parameters(history: list[dict[str, float]], path: Path) -> None:
     """Draw tau and V_th of every layer over the epochs; entry 0 is the start."""
     table = pd.DataFrame(history)

@@ -61,16 +61,12 @@ def test_inception_score_refuses_too_few_images():
 def metrics(rank=0, processes=1):
     """The metrics of images, of which each process sees its share; one network serves both."""
     features = Classifying()
-    comparing = {
-        "fid": FrechetDistance(features),
-        "precision": Precision(features),
-        "recall": Recall(features),
-    }
+    kinds = {"fid": FrechetDistance, "precision": Precision, "recall": Recall}
+    comparing = {name: kind(features) for name, kind in kinds.items()}
     both = FeatureShare(comparing | {"score": InceptionScore(features, splits=1)})
     # Unequal shares, in as many batches: torchmetrics gathers the score's one by one.
     for part in random_images().split([5, 10, 5, 40])[rank::processes]:
-        for name in comparing:
-            both[name].update(part, real=True)
+        both.update(part, real=True)
     for part in random_images(seed=1).split([10, 20, 10, 20])[rank::processes]:
         both.update(part, real=False)
     (features,) = (m for m in both["fid"].modules() if isinstance(m, Pixels))

@@ -2,21 +2,19 @@
 
 import hashlib
 import json
-from contextlib import ExitStack
 
 import pytest
 import torch
 from omegaconf import OmegaConf
 
-from sj_taid._internal.compat import NEURONS
 from sj_taid._internal.context import seeded
-from sj_taid.metric import FrechetDistance
-from sj_taid.training import evaluator, run
+from sj_taid.monitoring import monitor
+from sj_taid.training import run
 from sj_taid.training.config import compose
 from sj_taid.training.evaluate import evaluate
 from sj_taid.training.parts import build_parts
 from sj_taid.training.train import train
-from tests.training.conftest import TINY, TINY_CLASSIFICATION, Network, write_images
+from tests.training.conftest import TINY, TINY_CLASSIFICATION, write_images
 
 
 def composed(folder, *overrides):
@@ -76,29 +74,11 @@ def test_evaluate_repeats_the_metrics_of_training(folder):
 
 
 def test_firing_rate_is_that_of_a_pass(folder):
-    metrics, model = metrics_of(folder), run.load_model(folder)
-    data = build_parts(run.Run(folder).config).load_data()
+    model, data = run.load_model(folder), build_parts(run.Run(folder).config).load_data()
     images, _ = next(iter(data.test_dataloader()))
-    monitored = []
-    with ExitStack() as hooks, seeded(0), torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, NEURONS):
-                hook = module.register_forward_hook(
-                    lambda node, x, s: monitored.append(s.flatten())
-                )
-                hooks.enter_context(hook)
+    with monitor(model) as watch, seeded(0), torch.no_grad():
         model(images[:8])
-    assert metrics["firing_rate"] == pytest.approx(float(torch.cat(monitored).mean()), rel=1e-4)
-
-
-def test_evaluate_fid_and_inception_score(folder, monkeypatch):
-    monkeypatch.setattr(evaluator, "Inception", Network)
-    after = evaluate(composed(folder, "metric.inception_weights=weights.pth", "metric.samples=20"))
-    figures, protocol = after["metrics"], after["protocol"]
-    assert figures["fid"] > 0 and 1 <= figures["inception_score"] <= 4
-    assert protocol["fid"].startswith(FrechetDistance(Network("weights.pth")).protocol)
-    assert protocol["fid"].endswith("20 samples against 359 test images at 8x8")
-    assert protocol["inception_score"].endswith("20 samples")
+    assert metrics_of(folder)["firing_rate"] == pytest.approx(watch.firing_rate(), rel=1e-4)
 
 
 def test_evaluate_without_the_weights_of_the_run(folder):

@@ -156,7 +156,11 @@ def test_evaluate_samples_runs_a_network_once_for_all_its_metrics(evaluator, mon
     evaluator.inception_weights, data = "weights.pth", digits()
     values = evaluator.evaluate_samples(Noise(), data)
     assert network.calls == len(data.test_dataloader()) + 1
-    assert {"fid", "inception_score"} <= values.keys()
+    assert values["fid"] > 0 and 1 <= values["inception_score"] <= 4
+    how = values["protocol"]
+    assert how["fid"].startswith(FrechetDistance(network).protocol)
+    assert how["fid"].endswith("40 samples against 359 test images at 8x8")
+    assert how["inception_score"].endswith("40 samples")
     assert evaluator.evaluate_samples(Noise(), data) == values  # the test images' were cached
     assert network.calls == len(data.test_dataloader()) + 2
     assert "fid" not in evaluator.fad_alone().evaluate_samples(Noise(), data)

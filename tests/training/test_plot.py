@@ -4,7 +4,7 @@ import pytest
 import torch
 from torchvision.io import decode_image
 
-from sj_taid.training.plot import draw_classes, draw_confusion, draw_recordings
+from sj_taid.training.plot import draw_classes, draw_confusion
 
 
 @pytest.mark.parametrize("names", [[], ["a gesture of both hands" * 4] * 2], ids=len)
@@ -27,13 +27,3 @@ def test_draw_classes_has_a_named_row_for_each(tmp_path):
     columns, rows = picture[:, -150].unique_consecutive(), picture.eq(255).all(1)
     assert [shade for shade in columns.tolist() if shade < 255] == [127, 191]
     assert not rows.all() and picture[:, :20].lt(100).any()  # words at the left
-
-
-def test_draw_recordings_colours_both_polarities(tmp_path):
-    frames = torch.zeros(1, 2, 2, 2, 2)
-    frames[0, 0, 0, 0, 0] = 4.0  # darker, in the first frame
-    frames[0, 1, 1, 1, 1] = 4.0  # brighter, in the second
-    draw_recordings(frames, tmp_path / "a.png")
-    picture = decode_image(tmp_path / "a.png").permute(1, 2, 0).flatten(0, 1)
-    colours = {tuple(colour) for colour in picture.unique(dim=0).tolist()}
-    assert colours == {(255, 255, 255), (0, 0, 255), (255, 0, 0)}
