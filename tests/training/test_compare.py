@@ -24,11 +24,12 @@ def test_gather_counts_a_run_once_however_its_folder_is_named(runs, tmp_path):
     assert len(compare.gather([runs, runs / ".." / runs.name, tmp_path / "link"])) == 4
 
 
-def test_gather_leaves_out_a_damaged_run_with_the_reason(single, capsys):
-    (single.folder / run.METRICS).write_text('{"fad": 3')
+def test_gather_names_folders_without_a_finished_run(single, tmp_path):
+    (single.folder / run.METRICS).unlink()
     with pytest.raises(FileNotFoundError, match=f"no finished run below {single.folder}; an"):
         compare.gather([single.folder])
-    assert capsys.readouterr().out.startswith(f"left out: {single.folder} (Expecting")
+    with pytest.raises(FileNotFoundError, match=r"no folder .*absent"):
+        compare.gather([single.folder, tmp_path / "absent"])
 
 
 def test_gather_counts_the_evaluations_of_the_checkpoints_that_are_here(single):

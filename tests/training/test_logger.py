@@ -41,9 +41,9 @@ def test_resumed_run_has_config_and_metrics_in_a_csv_log_of_its_own(tiny, tmp_pa
     assert [row["epoch"] for row in rows if row["train/reconstruction"]] == ["0", "1", "2"]
 
 
-def test_tensorboard_has_each_layers_state_and_pictures(tiny, tmp_path):
-    train(tiny(*TINY_CLASSIFICATION, "pictures=true", tiny=False), tmp_path)
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+def test_tensorboard_has_each_layers_state_and_pictures(trained):
+    folder = trained(*TINY_CLASSIFICATION, "pictures=true")
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
     tags = events.Tags()
     layers = {tag.partition("/")[2] for tag in tags["scalars"] if tag.startswith("tau/")}
     assert len(layers) == 4

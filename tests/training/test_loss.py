@@ -26,15 +26,6 @@ def test_tet_equals_a_value_worked_by_hand(share):
     assert TET(mse_share=share)(OUTPUTS, TARGET).item() == pytest.approx(expected)
 
 
-def test_tet_counts_each_step_not_their_mean():
-    of_the_mean = F.cross_entropy(OUTPUTS.mean(0), TARGET).item()
-    assert TET(mse_share=0.0)(OUTPUTS, TARGET).item() > of_the_mean + 1e-3
-    outputs = OUTPUTS.clone().requires_grad_()
-    TET(mse_share=0.0)(outputs, TARGET).backward()
-    # d CE / d O = softmax - one-hot, of each step, over T = 2.
-    assert outputs.grad.flatten().tolist() == pytest.approx([-0.25, 0.25, -0.125, 0.125])
-
-
 def test_tet_takes_phi_and_label_smoothing():
     assert TET(mse_share=1.0, phi=0.0)(OUTPUTS, TARGET).item() == pytest.approx(
         math.log(3) ** 2 / 4
