@@ -46,7 +46,7 @@ class Features(nn.Module):
         raise NotImplementedError
 
 
-def check_enough(metric: str, needed: int, **counts: int) -> None:
+def check_image_count(metric: str, needed: int, **counts: int) -> None:
     """Raise a ``ValueError`` if there are fewer images of a kind than a metric needs."""
     for kind, count in counts.items():
         if count < needed:
@@ -91,8 +91,8 @@ class FrechetDistance(FrechetInceptionDistance):
 
     def compute(self) -> Tensor:
         """The distance of all images so far."""
-        real, generated = self.real_features_num_samples, self.fake_features_num_samples
-        check_enough("the Frechet distance", self.needed, real=int(real), generated=int(generated))
+        real, generated = map(int, (self.real_features_num_samples, self.fake_features_num_samples))
+        check_image_count("the Frechet distance", self.needed, real=real, generated=generated)
         return super().compute()
 
 

@@ -13,7 +13,7 @@ from torchmetrics.utilities.data import dim_zero_cat
 
 from .._internal.checks import expand_home
 from .._internal.extras import needs
-from .frechet import Features, check_enough
+from .frechet import Features, check_image_count
 
 
 class Inception(Features):
@@ -116,5 +116,5 @@ class InceptionScore(inception.InceptionScore):
     def compute(self) -> Tensor:  # type: ignore[override]  # without the standard deviation
         """The score of all images so far."""
         count = len(dim_zero_cat(self.features))
-        check_enough("the Inception score", self.needed, generated=count)
+        check_image_count("the Inception score", self.needed, generated=count)
         return super().compute()[0]

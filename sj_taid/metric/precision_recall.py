@@ -8,7 +8,7 @@ from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
 from .._internal.extras import needs
-from .frechet import Features, check_enough
+from .frechet import Features, check_image_count
 
 with needs("torch-fidelity"):
     from torch_fidelity.metric_prc import prc_features_to_metric
@@ -73,7 +73,7 @@ class Precision(torchmetrics.Metric):
             for parts in (self.real_features, self.fake_features)
         )
         what = f"precision or recall by {self.k} nearest neighbours"
-        check_enough(what, self.needed, real=len(real), generated=len(generated))
+        check_image_count(what, self.needed, real=len(real), generated=len(generated))
         n, generator = min(len(real), len(generated)), torch.Generator().manual_seed(0)
         real, generated = (
             features[torch.randperm(len(features), generator=generator)[:n]]

@@ -1,7 +1,6 @@
 """Measuring a run again: a file for each evaluation, a protocol for each metric."""
 
 import hashlib
-import json
 
 import pytest
 import torch
@@ -29,24 +28,16 @@ def finished(trained):
     return trained(*TINY, *longer)
 
 
-def metrics_of(folder):
-    return json.loads((folder / run.METRICS).read_text())
-
-
-def evaluations_of(folder):
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("evaluations/*.json"))]
-
-
 def test_evaluate_command(folder, tmp_path, sj_taid, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    before = metrics_of(folder)
+    before = run.Run(folder).metrics
     checkpoint = folder / run.CHECKPOINTS / "last.ckpt"
     sj_taid("evaluate", f"checkpoint={checkpoint}", "metric.samples=12")
     said = capfd.readouterr()
     assert not said.err
     (path,) = folder.glob("evaluations/*.json")
     assert said.out.rstrip().endswith(str(path))
-    (evaluation,) = evaluations_of(folder)
+    (evaluation,) = run.Run(folder).evaluations
     figures, protocol = evaluation["metrics"], evaluation["protocol"]
     assert figures["fad"] > 0 and figures["fad"] != before["fad"]
     assert {"fad", "fad_recall", "reconstruction"} < protocol.keys()
@@ -54,7 +45,7 @@ def test_evaluate_command(folder, tmp_path, sj_taid, monkeypatch, capfd):
     assert "12 samples" in protocol["fad"]
     assert evaluation["overrides"] == ["metric.samples=12"]
     assert evaluation["command"] == "sj-taid evaluate metric.samples=12"
-    assert evaluation["versions"] and metrics_of(folder) == before
+    assert evaluation["versions"] and run.Run(folder).metrics == before
     assert evaluation["checkpoint_sha256"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
     assert f"FAD, own autoencoder ↓: {figures['fad']:.2f}\n" in said.out
     assert not list(tmp_path.glob("outputs")) and not list(tmp_path.glob("*.log"))
@@ -62,13 +53,13 @@ def test_evaluate_command(folder, tmp_path, sj_taid, monkeypatch, capfd):
 
 def test_evaluate_repeats_the_metrics_of_training(folder):
     first = evaluate(composed(folder))
-    assert first["metrics"]["fad"] == metrics_of(folder)["fad"]
-    assert first["protocol"] == metrics_of(folder)["protocol"]
+    assert first["metrics"]["fad"] == run.Run(folder).metrics["fad"]
+    assert first["protocol"] == run.Run(folder).metrics["protocol"]
     again = evaluate(composed(folder))
     assert again == first
     other = evaluate(composed(folder, "seed=1"))
     assert other["metrics"]["fad"] != first["metrics"]["fad"] and other["seed"] == 1
-    assert evaluations_of(folder) == [first, again, other]
+    assert run.Run(folder).evaluations == [first, again, other]
     names = sorted(path.name for path in (folder / "evaluations").iterdir())
     assert names == ["0001.json", "0002.json", "0003.json"]  # whatever the clock says
 
@@ -78,7 +69,7 @@ def test_firing_rate_is_that_of_a_pass(folder):
     images, _ = next(iter(data.test_dataloader()))
     with monitor(model) as watch, seeded(0), torch.no_grad():
         model(images[:8])
-    assert metrics_of(folder)["firing_rate"] == pytest.approx(watch.firing_rate(), rel=1e-4)
+    assert run.Run(folder).metrics["firing_rate"] == pytest.approx(watch.firing_rate(), rel=1e-4)
 
 
 def test_evaluate_without_the_weights_of_the_run(folder):
@@ -97,7 +88,7 @@ def test_evaluate_classifier(tiny, tmp_path):
     assert after["protocol"]["accuracy"].endswith(f"stopped by {stop}")
     with pytest.raises(ValueError, match=r"metric\.samples is given, but the run has no metric"):
         evaluate(composed(tmp_path, "metric.samples=100"))
-    assert len(evaluations_of(tmp_path)) == 1
+    assert len(run.Run(tmp_path).evaluations) == 1
 
 
 def test_evaluate_moved_data(tiny, tmp_path):
