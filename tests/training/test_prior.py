@@ -66,8 +66,6 @@ def test_sample_from_either_prior_of_esvae(folder, monkeypatch):
         sample.main(compose("sample", [f"checkpoint={folder}", "n=4", f"sample_from={prior}"]))
         drawn.add((folder / f"samples-{prior}-seed0.png").read_bytes())
     assert len(drawn) == 2
-    with pytest.raises(TypeError, match="trust must be a list of full names"):
-        sample.main(compose("sample", [f"checkpoint={folder}", "trust=0"]))
     monkeypatch.setattr(Run, "model", lambda *_: FSVAE(**SMALL))
     with pytest.raises(ValueError, match=r"sample_from is for model=esvae, but this is a FSVAE"):
         sample.main(compose("sample", [f"checkpoint={folder}", "sample_from=learned"]))
