@@ -20,7 +20,6 @@ from .._internal.context import eval_mode, seeded
 from .._internal.neurons import find_neurons
 from ..monitoring import monitor, notes_on_thresholds, warn_of
 from .plot import draw_curves, draw_parameters
-from .plot import draw_curves, draw_parameters
 
 log = logging.getLogger(__name__)
 
