@@ -219,17 +219,15 @@ def _search(node: Any, fire: Callable[[], Tensor], rate: float) -> str:
     # The least distance from the reset voltage that float32 resolves.
     least = _RANGE[0] if floor == 0.0 else math.log2(abs(floor)) - 20.0
     low, high = torch.full_like(before, least), torch.full_like(before, _RANGE[1])
-    most = at_low = rates_at(low)
+    most = rates_at(low)
     if ((most > 0) & (rates_at(high) >= most.clamp(max=rate))).all():
         set_threshold(before)
         return "it fires at any threshold"
-    at_high = torch.zeros_like(most)
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
-        found = rates_at(middle)
-        fires = found >= most.clamp(max=rate)
-        low, at_low = torch.where(fires, middle, low), torch.where(fires, found, at_low)
-        high, at_high = torch.where(fires, high, middle), torch.where(fires, at_high, found)
+        fires = rates_at(middle) >= most.clamp(max=rate)
+        low, high = torch.where(fires, middle, low), torch.where(fires, high, middle)
+    at_low, at_high = rates_at(low), rates_at(high)
     nearer = (at_high > 0) & (rate - at_high < at_low - rate)
     set_threshold(torch.where(most > 0, threshold_at(torch.where(nearer, high, low)), before))
     rates = torch.where(nearer, at_high, at_low)

@@ -79,8 +79,8 @@ for _kind in (neuron.IFNode, neuron.LIFNode, neuron.ParametricLIFNode):
     _name, _many = _kind.__name__, f"MultiStep{_kind.__name__}"
     _NEURONS[_name] = _define(_name, _Old, _kind)
     _NEURONS[_many] = _define(_many, _NEURONS[_name], step_mode="m")
-    _options = {"surrogate_function": "ATan", "alpha": 2.0}
-    _options |= {"tau": 100.0} if _kind is neuron.LIFNode else {}
+    _tau = {"tau": 100.0} if _kind is neuron.LIFNode else {}
+    _options = {"surrogate_function": "ATan", "alpha": 2.0, **_tau}
     _CEXT[_many] = _define(f"Cext{_many}", _NEURONS[_many], **_options)
 for _kind in (layer.Dropout, layer.Dropout2d):  # one mask for all steps until a reset
     _many = f"MultiStep{_kind.__name__}"
@@ -101,9 +101,9 @@ for _base in (nn.Module, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
 # ---- what 0.0.0.0.14's neurons took and had, on 2.x ----
 
 
-def _take_backend(kind: Any, place: int) -> None:
+def _take_backend(kind: Any) -> None:
     """Let a neuron's constructor take ``backend``, by name or where it was: at ``store_v_seq``."""
-    init = kind.__init__
+    init, place = kind.__init__, [*inspect.signature(kind).parameters].index("store_v_seq")
 
     @wraps(init)
     def __init__(self: nn.Module, *args: Any, backend: str = "torch", **options: Any) -> None:
@@ -174,11 +174,10 @@ if FUNCTIONAL_STATES:
     _CHANGED |= {"LeakyKReLU", "PiecewiseLeakyReLU", "piecewise_leaky_relu"}
     _SURROGATES["SurrogateFunctionBase"] = _OneParameter
     _SURROGATES["MultiArgsSurrogateFunctionBase"] = surrogate.SurrogateFunctionBase
-    for _kind in [*vars(neuron).values()]:
-        if isinstance(_kind, type) and issubclass(_kind, neuron.BaseNode):
-            _arguments = [*inspect.signature(_kind).parameters]
-            if "store_v_seq" in _arguments:
-                _take_backend(_kind, _arguments.index("store_v_seq"))
+    _kinds = [k for k in vars(neuron).values() if isinstance(k, type)]
+    for _kind in [k for k in _kinds if issubclass(k, neuron.BaseNode)]:
+        if "store_v_seq" in inspect.signature(_kind).parameters:
+            _take_backend(_kind)
     for _name in HOOKS:
         setattr(neuron.BaseNode, _name, getattr(neuron.SimpleBaseNode, _name))
     neuron.BaseNode.backend = "torch"

@@ -1,7 +1,6 @@
 """Parameter groups."""
 
 import pytest
-import torch
 from spikingjelly.activation_based import neuron
 from torch import nn
 from torch.nn.utils.parametrize import register_parametrization
@@ -40,19 +39,6 @@ def test_parameter_groups_leave_layers_of_a_neuron_among_the_weights():
     weights, neurons = parameter_groups(node, lr=0.1)
     assert weights["params"] == [*node.recurrent.parameters()]
     assert neurons["params"] == [node.w, node.v_threshold]
-
-
-def test_parameter_groups_learn_at_their_rates_under_a_scheduler():
-    net = nn.Sequential(nn.Linear(2, 2), ALIFNode(v_threshold=0.3))
-    optimizer = torch.optim.SGD(parameter_groups(net, lr=0.1, lr_scale=10.0), weight_decay=0.5)
-    before = net[1].v_threshold.item()
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.1)
-    net(torch.rand(4, 2)).sum().backward()
-    optimizer.step()
-    step = before - net[1].v_threshold.item()
-    assert step == pytest.approx(1.0 * net[1].v_threshold.grad.item(), rel=1e-5)  # no weight decay
-    scheduler.step()
-    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.01, 0.1])
 
 
 def test_parameter_groups_leave_out_empty_ones():
