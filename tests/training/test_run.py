@@ -97,7 +97,7 @@ def test_train_refuses_classes_that_could_not_be_loaded(tiny, tmp_path):
     # What the run says of itself is no reason to trust it.
     with pytest.raises(ValueError, match=rf"add trust=\[{name}\]"):
         load_model(tmp_path)
-    assert any(isinstance(module, MyLIF) for module in load_model(tmp_path, [name]).modules())
+    assert any(isinstance(module, MyLIF) for module in load_model(tmp_path, name).modules())
 
 
 @pytest.mark.parametrize("part", ["model", "dataset", "task.scheduler", "logger", "callbacks.x"])
