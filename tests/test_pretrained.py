@@ -40,13 +40,6 @@ def digest(folder):
     return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
 
 
-def assert_has_the_shipped_weights(model):
-    state = model.state_dict()
-    expected = create_model(NAME, pretrained=True).state_dict()
-    assert state.keys() == expected.keys()
-    assert all(torch.equal(state[name], expected[name]) for name in state)
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_create_model_of_the_package(name):
     model = create_model(name, pretrained=True)
@@ -89,22 +82,13 @@ def test_files_are_small_and_name_no_path(name):
 
 
 def test_create_model_from_a_folder(folder):
-    assert_has_the_shipped_weights(create_model(folder, pretrained=True))
+    states = [create_model(source, pretrained=True).state_dict() for source in (folder, NAME)]
+    torch.testing.assert_close(*states, rtol=0, atol=0)
     with pytest.raises(ValueError, match=f"give a folder of save_model, or .*{NAME}"):
         create_model("typo")
 
 
-def test_weights_with_another_digest_than_the_configs(folder):
-    (folder / "model.safetensors").write_bytes(b"half")
-    said = rf"is damaged or of another model: its SHA-256 is {digest(folder)}, not "
-    with pytest.raises(ValueError, match=said):
-        create_model(folder, pretrained=True)
-
-
-@pytest.mark.parametrize(
-    "text",
-    ['{"architectures": ["Bert"]}', "[]", "3", "null", "", "{", '{"model": {}}', '{"sha256": ""}'],
-)
+@pytest.mark.parametrize("text", ["[]", "3", "null", "", "{", '{"model": {}}', '{"sha256": ""}'])
 def test_config_of_another_program(folder, text):
     (folder / "config.json").write_text(text)
     with pytest.raises(ValueError, match=r"config\.json describes no model of sj-taid: "):
@@ -121,6 +105,9 @@ def test_config_of_another_program(folder, text):
 def test_weights_that_do_not_fit(folder, state, said):
     weights = folder / "model.safetensors"
     safetensors.save_file(state, weights)
+    said_first = rf"is damaged or of another model: its SHA-256 is {digest(folder)}, not "
+    with pytest.raises(ValueError, match=said_first):
+        create_model(folder, pretrained=True)
     change(folder, sha256=digest(folder))
     with pytest.raises(ValueError, match=f"is of another model than its config.json: {said}"):
         create_model(folder, pretrained=True)
