@@ -106,21 +106,8 @@ class Fire(torch.autograd.Function):
         return grad * (1.0 - x.abs()).clamp(min=0)
 
 
-class LIFSpike(nn.Module):
-    """A hard reset, firing above the threshold, time on axis 1."""
-
-    def forward(self, x):
-        memory, spikes = 0, []
-        for t in range(x.shape[1]):
-            memory = memory * 0.5 + x[:, t]
-            spike = Fire.apply(memory - 1.0)
-            memory = (1 - spike) * memory
-            spikes.append(spike)
-        return torch.stack(spikes, 1)
-
-
 class Kept(nn.Module):
-    """It keeps its voltage until a reset."""
+    """A hard reset, firing above the threshold; it keeps its voltage until a reset."""
 
     def __init__(self):
         super().__init__()
@@ -136,6 +123,13 @@ class Kept(nn.Module):
 
     def reset(self):
         self.mem = 0.0
+
+
+class LIFSpike(nn.Module):
+    """The same from rest in each call, time on axis 1."""
+
+    def forward(self, x):
+        return Kept()(x.transpose(0, 1)).transpose(0, 1)
 
 
 FROZEN = {"learn_threshold": False, "step_mode": "m"}

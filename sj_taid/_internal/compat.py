@@ -69,15 +69,15 @@ def forget_reset_cache() -> None:
 def quiet_triton() -> Iterator[None]:
     """Keep torch from saying that there is no Triton, where a neuron of 2.x first runs for us."""
     logger = logging.getLogger("torch._library.triton")
-    logger.addFilter(_is_no_lack)
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("Triton not available")
+
+    logger.addFilter(is_other)
     try:
         yield
     finally:
-        logger.removeFilter(_is_no_lack)
-
-
-def _is_no_lack(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith("Triton not available")
+        logger.removeFilter(is_other)
 
 
 def reset_value(node: Any, name: str) -> Any:
@@ -97,12 +97,11 @@ def has_precision_policy(node: Any) -> bool:
 
 def detach_state(state: dict[str, Any]) -> dict[str, Any]:
     """The attributes of a neuron for a copy or pickle, without the graphs of its voltages."""
-    memories = {name: _detach(value) for name, value in state["_memories"].items()}
-    return {name: _detach(value) for name, value in state.items()} | {"_memories": memories}
 
+    def detach(values: dict[str, Any]) -> dict[str, Any]:
+        return {n: v.detach() if isinstance(v, Tensor) else v for n, v in values.items()}
 
-def _detach(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else value
+    return detach(state) | {"_memories": detach(state["_memories"])}
 
 
 if FUNCTIONAL_STATES:
