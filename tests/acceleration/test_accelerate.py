@@ -140,22 +140,6 @@ def test_accelerate_trains_alike_and_unaccelerate_gives_the_net_back(name):
         assert torch.equal(have, want)
 
 
-@pytest.mark.parametrize(("most", "bits"), [(1, 1), (2, 4), (15, 4)])
-def test_counts_are_saved_in_few_bits(most, bits):
-    net = nn.Sequential(ALIFNode(v_threshold=0.02, v_reset=None, levels=most, step_mode="m"))
-    plain, grads = copy.deepcopy(net), []
-    accelerate(net)
-    x_seq = 16 * torch.rand(8, 3, 5, 7)
-    for node in (plain, net):
-        weight = torch.ones(7, 2, requires_grad=True)
-        counts = node(x_seq)
-        (counts @ weight).square().sum().backward()
-        grads.append(weight.grad)
-    assert counts.max() == most and torch.equal(*grads)
-    (saved,) = counts.recipe().of(counts).saved
-    assert 8 * saved.nbytes == bits * counts.numel()
-
-
 @pytest.mark.skipif(not FUNCTIONAL_STATES, reason="0.0.0.0.14 has no ILIFNode")
 @pytest.mark.parametrize("tau", [4 / 3, 2.0, 4.0, 1.7])
 @pytest.mark.parametrize("detach_reset", [False, True])

@@ -1,8 +1,6 @@
 """Whoever reads a norm's output gets what a plain norm gives, in forward and backward."""
 
 import copy
-import gc
-import weakref
 from contextlib import nullcontext
 
 import pytest
@@ -229,35 +227,6 @@ def test_reader(reader, place):
         assert late and len(str(error)) < 400, error
         return
     assert_alike(got, expected, exact)
-
-
-class Saved:
-    """What autograd's graph holds of a tensor, so that a weak reference says how long."""
-
-    def __init__(self, tensor):
-        self.tensor = tensor
-
-
-def test_detached_output_keeps_no_graph():
-    net, expected = Net("nothing", "norm, then neuron"), []
-    plain, held, kept = copy.deepcopy(net), [], []
-    sj_taid.accelerate(net)
-    x, factor = torch.randn(3, 2, 3, 4, 5), torch.ones(3, 1, 1, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda tensor: (saved := Saved(tensor), held.append(weakref.ref(saved)))[0],
-        lambda saved: saved.tensor,
-    ):
-        scaled = factor * x
-    for step, outputs in ((plain, expected), (net, kept)):
-        y = step.norm(step.conv(scaled))
-        outputs += [y.detach(), (y + y).detach(), step.lif(y).detach()]
-    del y, scaled
-    functional.reset_net(net)
-    functional.reset_net(plain)
-    gc.collect()
-    assert held and not any(saved() for saved in held)
-    for got, want in zip(kept, expected, strict=True):
-        torch.testing.assert_close(got + 0, want)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
