@@ -10,6 +10,7 @@ from torch import nn
 
 import sj_taid
 from sj_taid._internal.graph import record_saved
+from sj_taid.acceleration.kept import leave
 
 pytest.importorskip("numba", reason="needs numba: pip install numba")
 
@@ -214,7 +215,19 @@ def test_what_is_detached_keeps_no_input():
     h = torch.rand(4, 2, 8, 2, 2, requires_grad=True) * 1.0
     y = norm(h)
     kept = [t.detach() for t in (y, y.clone(), y + h, y + y, (y + y)[1:], node(y), node(y + h))]
+    with torch.no_grad():
+        kept += [y.clone(), (y + h).clone()]
     memory = weakref.ref(h.untyped_storage())
     node.reset()
     del h, y
     assert memory() is None and all((t + 0).isfinite().all() for t in kept)
+
+
+def test_spikes_that_a_layer_has_read_are_freed():
+    (node,) = make(neuron.LIFNode(**OPTIONS), False)
+    spikes = node(torch.rand(4, 2, 8, requires_grad=True) * 3)
+    memory = weakref.ref(leave(spikes).untyped_storage())
+    read = nn.functional.linear(spikes, torch.ones(2, 8, requires_grad=True))
+    del spikes
+    assert memory() is None
+    read.sum().backward()

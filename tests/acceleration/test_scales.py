@@ -134,3 +134,20 @@ def test_a_linear_layer_under_autocast_is_torchs(axes):
         with torch.autocast("cpu", torch.bfloat16):
             found.append(linear(x.transpose(*axes)) + 0)
     assert torch.equal(*found)
+
+
+def test_spikes_under_autocast_are_saved_as_bits():
+    _, spikes = spikes_of(torch.float32)
+    weight = torch.ones(5, 8, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, saved = record_saved(lambda: F.linear(spikes, weight), [weight])
+    assert saved <= spikes.nbytes / 32 + weight.nbytes / 2
+
+
+def test_a_dilated_pool_may_see_padding_alone():
+    found = []
+    for x in spikes_of(torch.float32):
+        weight = torch.ones(1, requires_grad=True)
+        (F.max_pool2d(x, 2, 1, 1, dilation=(5, 9)) * weight).sum().backward()
+        found.append(weight.grad)
+    assert found[0].isinf().all() and torch.equal(*found)
