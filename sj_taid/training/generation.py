@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ from .plot import draw_attention, draw_classes, draw_grid, draw_reconstructions
 from .task import Autoencoding
 
 log = logging.getLogger(__name__)
+
+#: With fewer training images of a class, only half of its samples may be of it (``RESULTS.md``).
+ENOUGH_OF_A_CLASS = 50
 
 
 class Generation(Autoencoding):
@@ -60,6 +64,11 @@ class Generation(Autoencoding):
         """The prior that is fitted after training, of an ESVAE with ``sample_from="flow"``."""
         return getattr(self.model, "flow", None)
 
+    def labels(self, data: ImageData) -> list[int] | None:
+        """The training images' labels, if the flow can learn them."""
+        labels = data.train_set.labels
+        return labels if 1 < len({*labels}) <= CLASSES else None
+
     def parameter_groups(self) -> list[dict[str, Any]]:
         groups = super().parameter_groups()
         if self.prior_lr_scale is None:
@@ -77,6 +86,13 @@ class Generation(Autoencoding):
             )
         if self.flow:
             check_enough(len(data.train_set))
+            counts = Counter(self.labels(data)).values()
+            if (fewest := min(counts, default=ENOUGH_OF_A_CLASS)) < ENOUGH_OF_A_CLASS:
+                log.warning(
+                    "A class has %d training images: with less than about %d, half of the samples "
+                    "of a class may not be of it",
+                    *(fewest, ENOUGH_OF_A_CLASS),
+                )
         if self.feature_loss:
             self.feature_loss.prepare(data, evaluator.cache_dir)
         if (count := len(data.test_set)) < evaluator.needed:
@@ -106,13 +122,11 @@ class Generation(Autoencoding):
         They are not augmented; their mirror images join them where training has them.
         """
         if self.flow:
-            labels = data.train_set.labels
-            is_labelled = 1 < len({*labels}) <= CLASSES
             batches = show_progress(data.loader(data.train_set), "Rates of the training images")
             # The seed leaves the random state to a run that resumes with more epochs.
             with seeded(0):
                 images = (image.to(self.device) for image, _ in batches)
-                self.model.fit_prior(images, labels if is_labelled else None, data.mirrors)
+                self.model.fit_prior(images, self.labels(data), data.mirrors)
 
     def evaluate(self, data: ImageData, evaluator: Any) -> dict[str, Any]:
         model = self.model

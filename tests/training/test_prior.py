@@ -2,16 +2,18 @@
 
 from functools import partial
 from types import SimpleNamespace
+from unittest import mock
 
 import lightning as L
 import pytest
 import torch
 from torch.optim import Adam
 
+from sj_taid.data import Samples
 from sj_taid.model import ESVAE, FSVAE, flow
 from sj_taid.training import plot, sample
 from sj_taid.training.config import compose
-from sj_taid.training.generation import Generation
+from sj_taid.training.generation import ENOUGH_OF_A_CLASS, Generation
 from sj_taid.training.run import Run, load_model
 from sj_taid.training.train import train
 from tests.training.conftest import TINY_ESVAE
@@ -105,6 +107,22 @@ def test_generation_fits_the_flow_to_labels_of_2_to_30_classes(labels, given, mo
     data = SimpleNamespace(labels=labels)
     task.fit_prior(SimpleNamespace(mirrors=True, train_set=data, loader=lambda _: []))
     assert fitted == [(labels if given else None, True)]
+
+
+@pytest.mark.parametrize(
+    ("n", "warned"), [(ENOUGH_OF_A_CLASS, False), (ENOUGH_OF_A_CLASS - 1, True)]
+)
+def test_generation_warns_of_few_images_of_a_class(n, warned, caplog):
+    many = [0] * ENOUGH_OF_A_CLASS
+    for source, labels in (("flow", [*many, *[1] * n]), ("learned", [0, 1]), ("flow", [-1] * 20)):
+        samples = Samples(torch.zeros(len(labels), 1), labels)
+        data = SimpleNamespace(train_set=samples, test_set=samples, validation_set=None)
+        task = Generation(ESVAE(**SMALL, sample_from=source), ADAM)
+        task.before_training(data, mock.Mock(needed=0))
+    assert caplog.messages == warned * [
+        f"A class has {n} training images: with less than about {ENOUGH_OF_A_CLASS}, half of the "
+        "samples of a class may not be of it"
+    ]
 
 
 @pytest.mark.parametrize(("lr_scale", "expected"), [(3, [1e-3, 3e-3, 1e-2]), (None, [1e-3, 1e-2])])
