@@ -147,7 +147,7 @@ class FSVAE(SpikingVAE):
     .. math::
         L = \mathrm{mean}\,(\hat x - x)^2 + \mathrm{MMD}(q, p)
 
-    Posterior, prior and their distance: :class:`Posterior`, :class:`Prior`, :func:`mmd_loss`.
+    Posterior, prior and their distance: :class:`Posterior`, :class:`Prior`, ``mmd_loss``.
 
     All other arguments are the arguments of :class:`~sj_taid.model.spiking_vae.SpikingVAE`.
 
