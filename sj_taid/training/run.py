@@ -28,10 +28,7 @@ CHECKPOINTS = "checkpoints"
 LOCK = ".lock"
 
 #: remedy for a folder that this run cannot use
-ELSEWHERE = (
-    "start a new run, without resume=, in another folder: hydra.run.dir=... (for a sweep "
-    "hydra.sweep.dir=...)"
-)
+ELSEWHERE = "start a new run in another folder: hydra.run.dir=..., of a sweep hydra.sweep.dir=..."
 #: what may change when a run resumes, with all keys below
 RESUME_MAY_CHANGE = (
     "trainer.max_epochs",
