@@ -76,7 +76,8 @@ class Generation(Autoencoding):
         prior = dict.fromkeys(self.model.prior.parameters())
         for group in groups:
             group["params"] = [p for p in group["params"] if p not in prior]
-        return [*groups, {"params": [*prior], "lr": self.learning_rate() * self.prior_lr_scale}]
+        rate = self.optimizer.keywords["lr"] * self.prior_lr_scale
+        return [*groups, {"params": [*prior], "lr": rate}]
 
     def before_training(self, data: ImageData, evaluator: Evaluator | None) -> None:
         # What may fail at the end of the training is tried here.

@@ -80,16 +80,12 @@ class Task(L.LightningModule):
         """The optimizer's groups of parameters, some with learning rates of their own."""
         if self.lr_scale is None:
             return [{"params": [p for p in self.parameters() if p.requires_grad]}]
-        return parameter_groups(self, self.learning_rate(), lr_scale=self.lr_scale)
+        return parameter_groups(self, self.optimizer.keywords["lr"], lr_scale=self.lr_scale)
 
     def monitor(self, data: Data) -> str | None:
         """What is logged that chooses the best epoch, where there is a validation set."""
         chooses = self.chosen_by is not None and data.validation_set is not None
         return f"val/{self.chosen_by}" if chooses else None
-
-    def learning_rate(self) -> float:
-        """The optimizer's, of which others are multiples."""
-        return self.optimizer.keywords["lr"]
 
     def model_input(self, x: Tensor) -> Tensor:
         """The model's input for the samples of a batch."""
@@ -151,8 +147,8 @@ class Task(L.LightningModule):
         """What a protocol adds where an option of the trainer cuts the ``stage`` short."""
         option = f"limit_{stage}_batches"
         limit = getattr(self.trainer, option)
-        whole = isinstance(limit, float) and limit == 1.0
-        return "" if whole else f", stopped by trainer.{option}={limit}"
+        is_share = isinstance(limit, float)  # or a number of batches, such as 1
+        return "" if is_share and limit == 1 else f", stopped by trainer.{option}={limit}"
 
     def draw(self, images: Tensor, folder: Path) -> None:
         """Draw pictures of the tested model, from some images of the test set."""
