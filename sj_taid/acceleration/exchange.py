@@ -76,9 +76,8 @@ def accelerate(net: nn.Module, example: Any = None) -> Acceleration:
         plain, fast = copy_net(net), copy_net(net)
         restore(plain)  # of an earlier call
         _exchange_classes(fast)
-        seen = measure(plain, fast, inputs)
-    report = report_of(net, _exchange_classes(net), seen.readers)
-    return Acceleration(*report, seen.saved_bytes, seen.step_ms, seen.counting)
+        readers, figures = measure(plain, fast, inputs)
+    return Acceleration(*report_of(net, _exchange_classes(net), readers), **figures)
 
 
 def unaccelerate(net: nn.Module) -> None:

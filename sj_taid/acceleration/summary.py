@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from spikingjelly.activation_based import functional
@@ -131,19 +131,9 @@ def _merge(rows: Iterable[Row]) -> list[Row]:
     return merged
 
 
-class Measured(NamedTuple):
-    """What training steps of an accelerated net and of the plain one show."""
-
-    #: what has read each accelerated norm's output, and whether as one operation with the norm
-    readers: dict[str, dict[str, bool]]
-    saved_bytes: tuple[int, int]
-    step_ms: tuple[float, float]
-    counting: dict[str, str]
-
-
 @compat.quiet_triton()
-def measure(plain: nn.Module, fast: nn.Module, inputs: Any) -> Measured:
-    """Run training steps of two copies of a net in turns.
+def measure(plain: nn.Module, fast: nn.Module, inputs: Any) -> tuple[Any, dict[str, Any]]:
+    """Run training steps of two copies of a net: :func:`find_readers`, and a report's figures.
 
     Bytes and time are those of a later step, with all kernels and plans made.
     """
@@ -151,9 +141,9 @@ def measure(plain: nn.Module, fast: nn.Module, inputs: Any) -> Measured:
     with torch.random.fork_rng({p.device for p in plain.parameters() if p.is_cuda}):
         readers, counting = find_readers(fast, inputs), _find_counting(plain, inputs)
         turns = [[run_step(net, inputs)[1] for net in (plain, fast)] for _ in range(_STEPS)]
-        old_bytes, new_bytes = (run_step(net, inputs, True)[0] for net in (plain, fast))
-    old, new = map(min, zip(*turns[_WARM:], strict=True))
-    return Measured(readers, (old_bytes, new_bytes), (old, new), counting)
+        saved_bytes = tuple(run_step(net, inputs, True)[0] for net in (plain, fast))
+    step_ms = tuple(map(min, zip(*turns[_WARM:], strict=True)))
+    return readers, {"saved_bytes": saved_bytes, "step_ms": step_ms, "counting": counting}
 
 
 def find_readers(net: nn.Module, inputs: Any) -> dict[str, dict[str, bool]]:
