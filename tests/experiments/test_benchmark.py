@@ -59,16 +59,9 @@ def read_csv(path):
     return table
 
 
-def test_zoo_counts_norms_and_bytes(measure):
-    options = ["--steps", "4", "--size", "8", "--nets", "maxformer_cifar"]
-    (row,) = measure(zoo, *options).itertuples()
-    assert (row.written, row.fused, row.norms) == ("by SpikingJelly", 7, 22)
-    counts = map(int, re.findall(r"(\d+) ", row.left))
-    assert row.fused + sum(counts) == row.norms and row.after_mb < 0.4 * row.before_mb
-
-
-#: norms fused in nets in the idioms of published ones, and the share of bytes that is left at most
-PUBLISHED = {
+#: norms fused, and the share of bytes that is left at most; the first net is SpikingJelly's own
+ZOO = {
+    "ms_resnet18": (9, 0.38),
     "Spikformer": (9, 0.38),
     "SpikeDriven": (5, 0.36),
     "MetaSpikeformer": (6, 0.52),
@@ -81,12 +74,15 @@ PUBLISHED = {
 
 
 @pytest.mark.slow
-def test_zoo_saves_bytes_of_published_nets(measure):
-    table = measure(zoo, "--size", "16", "--nets", *PUBLISHED)
-    ratios = table["after_mb"] / table["before_mb"]
-    for net, fused, ratio in zip(table["net"], table["fused"], ratios, strict=True):
-        assert fused >= PUBLISHED[net][0] and ratio <= PUBLISHED[net][1], (net, fused, ratio)
-    assert PUBLISHED.keys() == published_nets.NETS.keys()
+def test_zoo_counts_norms_and_bytes(measure):
+    table = measure(zoo, "--size", "16", "--nets", *ZOO).fillna({"left": ""})
+    for row in table.itertuples():
+        fused, ratio = ZOO[row.net]
+        left = map(int, re.findall(r"(\d+) ", row.left))
+        assert row.fused >= fused and row.fused + sum(left) == row.norms, row
+        assert row.after_mb <= ratio * row.before_mb, row
+    own = table["net"][table["written"] == "by SpikingJelly"]
+    assert [*own] == ["ms_resnet18"] and {*ZOO} - {*own} == published_nets.NETS.keys()
 
 
 SHAPE = (4, 4, 2, 16, 16)
