@@ -75,12 +75,6 @@ __device__ __forceinline__ float power_of_2(float x) {
 
 // The compiler would split most plain assignments into 4 bytes each, and delay a plain load until the
 // word is used, so that the latencies of a sequence's loads add up.
-__device__ __forceinline__ void load_word(const unsigned char* from, unsigned char& word) {
-  unsigned short wide;
-  asm volatile("ld.global.nc.u8 %0, [%1];" : "=h"(wide) : "l"(from));
-  word = (unsigned char)wide;
-}
-
 __device__ __forceinline__ void load_word(const unsigned short* from, unsigned short& word) {
   asm volatile("ld.global.nc.u16 %0, [%1];" : "=h"(word) : "l"(from));
 }
@@ -96,10 +90,6 @@ __device__ __forceinline__ void load_word(const uint2* from, uint2& word) {
 __device__ __forceinline__ void load_word(const uint4* from, uint4& word) {
   asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(word.x), "=r"(word.y), "=r"(word.z), "=r"(word.w) : "l"(from));
-}
-
-__device__ __forceinline__ void store_word(unsigned char* to, unsigned char word) {
-  asm("st.global.u8 [%0], %1;" : : "l"(to), "h"((unsigned short)word));
 }
 
 __device__ __forceinline__ void store_word(unsigned short* to, unsigned short word) {
@@ -164,6 +154,12 @@ template <> struct Word<4> { typedef unsigned int type; };
 template <> struct Word<8> { typedef uint2 type; };
 template <> struct Word<16> { typedef uint4 type; };
 template <> struct Word<32> { typedef uint4 type; };
+
+template <class word_t>
+__device__ __forceinline__ void load_word(const word_t* from, word_t& word) { word = *from; }
+
+template <class word_t>
+__device__ __forceinline__ void store_word(word_t* to, word_t word) { *to = word; }
 
 // VEC neighbours, moved in words of up to 16 bytes.
 template <class scalar_t, int VEC>

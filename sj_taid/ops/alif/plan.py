@@ -132,7 +132,7 @@ class Plan:
         packs: bool,
         pack: Callable[..., Tensor],
     ) -> None:
-        """``packs``: whether forward's kernel does, where asked for; else ``pack`` after it."""
+        """``packs``: whether forward's kernel does, where asked for, and not ``pack`` after it."""
         self.spec = spec
         on: Any = {"device": spec.device}
         step, order = (spec.shape[1:], spec.strides[1:]), (spec.shape, spec.strides)
@@ -143,7 +143,9 @@ class Plan:
         size = packed_shape(spec.dynamics.levels, spec.steps, spec.neurons)
         self.new_bits = partial(torch.empty, size, dtype=torch.uint8, **on)
         self.checkpoint, self.has_checkpoint = (checkpoints, spec.neurons), checkpoints > 0
-        self.packs, self.pack = spec.pack and packs, None if packs or not spec.pack else pack
+        self.packs, self.pack_after = spec.pack and packs, None
+        if spec.pack and not packs:
+            self.pack_after = partial(pack, most=spec.dynamics.levels)
 
     def forward(self, v_init: float, *operands: Tensor | None) -> tuple[Any, ...]:
         """Spikes, last voltage, every voltage, checkpoint and bits; ``None`` if not asked for.
@@ -160,9 +162,7 @@ class Plan:
             self.new_bits() if self.packs else None,
         )
         self.start_forward(v_init, operands, outputs)
-        if self.pack is None:
-            return outputs
-        return *outputs[:4], self.pack(outputs[0], self.spec.dynamics.levels)
+        return (*outputs[:4], self.pack_after(outputs[0])) if self.pack_after else outputs
 
     def backward(
         self, needs: Needs, v_init: float, given: tuple[Any, ...], operands: tuple[Any, ...]

@@ -28,8 +28,6 @@ inline unsigned short float_to_half(float x) {
 }
 inline float reciprocal(float x) { return 1.0f / x; }
 inline float power_of_2(float x) { return exp2f(x); }
-template <class word_t> void load_word(const word_t* from, word_t& word) { word = *from; }
-template <class word_t> void store_word(word_t* to, word_t word) { *to = word; }
 
 // Every kernel takes one struct, by its address as cuLaunchKernel does.
 template <class Struct>

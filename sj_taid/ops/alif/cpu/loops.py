@@ -59,7 +59,7 @@ class Arguments(ctypes.Structure):
                 *("parts", "ranges", "part_size", "block", "room", "group", "whole"),
                 *("sums_size", "scratch_size", "steps", "neurons", "inner", "channels"),
                 *("per_channel", "norm", "norm_sums", "ab", "sums_only"),
-                *("charge", "soft", "counts", "row"),
+                *("charge", "soft", "counts", "unpacks", "row"),
             )
         ),
         *((name, ctypes.c_float) for name in ("v_init", "v_rest", "q_value", "threshold_value")),
@@ -543,7 +543,7 @@ def _store_bits(scratch, a, spike, t, here, n):
 
 
 @_part
-def _pack_part(a, scratch, part):
+def _bits_part(a, scratch, part):
     """Bits of spikes, or half bytes of counts, of one step: a part begins at an even neuron."""
     start, run, _ = _extent(a, part)
     for here in range(start, start + run, a.block):
@@ -551,23 +551,13 @@ def _pack_part(a, scratch, part):
         for t in range(a.steps):
             values = _at_step(a.spike, a, t, here)
             _fetch(values, a.neurons, n)
-            _store_bits(scratch, a, values, t, here, n)
-
-
-@_part
-def _unpack_part(a, scratch, part):
-    """The same back."""
-    start, run, _ = _extent(a, part)
-    for here in range(start, start + run, a.block):
-        n = min(a.block, start + run - here)
-        for t in range(a.steps):
-            values = _at_step(a.spike, a, t, here)
-            if a.levels > np.float32(1):
+            if not a.unpacks:
+                _store_bits(scratch, a, values, t, here, n)
+            elif a.levels > np.float32(1):
                 _unpack_count_row(_byte_at(a.bits, here // 2), values, n)
             else:
                 bits = _byte_at(a.bits, t // 8 * a.neurons + here)
                 _unpack_row(bits, values, np.int32(t % 8), n)
-            _fetch(values, a.neurons, n)
 
 
 @_part
@@ -590,8 +580,7 @@ def _unpack_count_row(halves, counts, n):
 
 
 forward = _kernel("forward", _forward_part, _nothing)
-pack = _kernel("pack", _pack_part, _nothing)
-unpack = _kernel("unpack", _unpack_part, _nothing)
+move_bits = _kernel("move_bits", _bits_part, _nothing)
 
 
 def _derivative(name: str) -> Any:
