@@ -182,7 +182,7 @@ def test_resumed_finished_run_is_unfinished_until_it_ends(folder, sj_taid):
         ["train", f"resume={folder}", "trainer.max_epochs=4"],
         f"trust=[{__name__}.Stop]",
     )
-    with pytest.raises(SystemExit, match=r"dataset\.validation \(None, now 0\.5\)"):
+    with pytest.raises(SystemExit, match=r"without dataset\.validation=; leave it out"):
         sj_taid(*longer, "dataset.validation=0.5")
     assert there.metrics == shorter and there.config == config
 
