@@ -19,18 +19,8 @@ from typing import Any
 import pandas as pd
 
 from sj_taid.pretrained import list_models, read_config
-from sj_taid.training.compare import (
-    COLUMNS,
-    METRICS,
-    Column,
-    Metrics,
-    format_metrics,
-    frame,
-    gather,
-    markdown,
-    overrides,
-    summary,
-)
+from sj_taid.training import compare
+from sj_taid.training.compare import METRICS, Column, Metrics, frame, markdown, overrides, summary
 from sj_taid.training.config import folder_name
 from sj_taid.training.files import atomic_write
 
@@ -61,7 +51,7 @@ STORED = {
     "fad_published_median": Column("FAD as published, median of draws ↓", 1, 2),
 }
 METRICS.update(STORED)
-COLUMNS.update(STORED, energy=Column("energy of a sample, µJ", 1, 2, spread=False))
+compare.COLUMNS.update(STORED, energy=Column("energy of a sample, µJ", 1, 2, spread=False))
 #: The metrics in the list of models.
 ON_CARD = ("accuracy", "reconstruction", "fad", "fad_published_median", "fad_recall")
 #: The choices of the generators that are compared; they differ in decoder and neuron alone.
@@ -76,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("folders", nargs="*", type=Path, help="folders that hold runs to store")
     options = parser.parse_args(arguments)
     if options.folders:
-        print(*store(gather(options.folders)), sep="\n")
+        print(*store(compare.gather(options.folders)), sep="\n")
     for page in PAGES:
         with atomic_write(page) as temporary:
             temporary.write_text(fill(page), encoding="utf-8")
@@ -261,7 +251,7 @@ def models() -> pd.DataFrame:
     rows = []
     for name in list_models():
         card = read_config(name)["metrics"]
-        shown = format_metrics({key: card[key] for key in ON_CARD if key in card})
+        shown = compare.format_metrics({key: card[key] for key in ON_CARD if key in card})
         row = {"name": f"`{name}`", "decoder": card["choices"]["decoder"] or ""}
         rows.append(row | dict(shown.values()))
     return pd.DataFrame(rows).fillna("")
