@@ -114,7 +114,7 @@ def test_counts_at_their_edges(fused, changes):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
-@pytest.mark.parametrize("most", [1, 15])
+@pytest.mark.parametrize("most", [0, 1, 2, 15])  # 0: of silence, as counts
 @pytest.mark.parametrize(("T", "neurons"), [(1, 1), (13, 3), (4, 80), (24, 2081), (8, 0)])
 def test_whole_numbers_are_packed_and_unpacked(fused, T, neurons, most, dtype):
     values = torch.arange(T * neurons).remainder(most + 1).view(T, neurons).to(dtype)

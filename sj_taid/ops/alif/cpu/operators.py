@@ -121,16 +121,17 @@ def _sigmoid(w: float | None) -> float:
 
 
 @lru_cache(maxsize=256)
-def _bits(unpacks: bool, most: int, steps: int, neurons: int) -> Call:
+def _bits(unpacks: bool, counts: bool, steps: int, neurons: int) -> Call:
+    options: dict[str, int] = {"unpacks": unpacks, "levels": bits.LARGEST_COUNT if counts else 1}
     sizes = partition(steps, neurons, 1, 1)
-    return Call(loops.move_bits, ("spike", "bits"), unpacks=unpacks, levels=most, **sizes)
+    return Call(loops.move_bits, ("spike", "bits"), **options, **sizes)
 
 
 def pack(values: Tensor, most: int = 1) -> Tensor:
     """:func:`sj_taid.ops.bits.pack`."""
     size = bits.size_of(values, most)
     packed = torch.empty(bits.packed_shape(most, *size), dtype=torch.uint8, device="cpu")
-    _bits(False, most, *size)(0.0, values.float(), packed)
+    _bits(False, packed.dim() == 1, *size)(0.0, values.float(), packed)
     return packed
 
 
@@ -138,8 +139,8 @@ def unpack_into(packed: Tensor, values: Tensor) -> None:
     """:func:`sj_taid.ops.bits.unpack_into`."""
     is_float = values.dtype == torch.float32
     floats = values if is_float else torch.empty_like(values, dtype=torch.float32)
-    most = 1 if packed.dim() == 2 else bits.LARGEST_COUNT
-    _bits(True, most, *bits.size_of_packed(packed, values))(0.0, floats, packed)
+    size = bits.size_of_packed(packed, values)
+    _bits(True, packed.dim() == 1, *size)(0.0, floats, packed)
     if not is_float:
         values.copy_(floats)
 
