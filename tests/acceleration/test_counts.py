@@ -134,8 +134,10 @@ SUMS = {
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("add", SUMS.values(), ids=SUMS)
 def test_a_sum_in_front_of_a_neuron_saves_its_terms(add, training, dtype):
-    plain, net = (make(neuron.LIFNode(**OPTIONS), True).train(training) for _ in range(2))
+    plain, net = (make(neuron.LIFNode(**OPTIONS), True) for _ in range(2))
     sj_taid.unaccelerate(plain)
+    for norm in (plain[0], net[0]):
+        norm.train(training)
     x = torch.randn(4, 2, 8, 8, 8, dtype=dtype, requires_grad=True)
 
     def run(norm, node):
@@ -170,7 +172,8 @@ def late_parameters(norm, h):
 @pytest.mark.parametrize("training", [True, False])
 def test_a_term_is_computed_again_from_the_numbers_of_its_call(change, training):
     """The neuron's gradient is that before the change, at every call."""
-    norm, node = make(neuron.LIFNode(**OPTIONS), True).train(training)
+    norm, node = make(neuron.LIFNode(**OPTIONS), True)
+    norm.train(training)
     for _ in range(2):
         h = torch.rand(4, 2, 8, 4, 4, requires_grad=True) * 1.0
         shortcut = (h * 2).detach().requires_grad_() * 1.0
