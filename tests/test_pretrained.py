@@ -174,5 +174,8 @@ def test_start_from_a_model_with_or_without_a_flow(there, here, tmp_path):
     ],
 )
 def test_start_from_refuses_other_layers(name, arguments, message):
+    model = build_with(name, **arguments)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(ValueError, match=f"start_from={name} has other layers; choose.*{message}"):
-        pretrained.start_from(build_with(name, **arguments), name)
+        pretrained.start_from(model, name)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)

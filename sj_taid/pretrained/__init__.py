@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .._internal.build import build as build_object
 from .._internal.checks import expand_home
 from .._internal.extras import TRAIN, needs
-from .._internal.neurons import find_neurons
+from .._internal.neurons import copy_net, find_neurons
 from ..acceleration.exchange import accelerate
 from ..calibration import fixed_thresholds, set_fixed_thresholds
 
@@ -71,13 +71,15 @@ def start_from(model: nn.Module, source: str | Path) -> str:
         source: as of :func:`.create_model`.
 
     Raises:
-        ValueError: layers that differ; ``source`` as in :func:`.create_model`.
+        ValueError: layers that differ, and nothing is loaded; ``source`` as in
+            :func:`.create_model`.
     """
     config = read_config(source)
     flows = {k: v for k, v in model.state_dict().items() if k.startswith("flow.")}
     trained = _read_weights(source, config).items()
     weights = {k: v for k, v in trained if not k.startswith("flow.")} | flows
     unfit = f"start_from={source} has other layers; choose model and data as its {CARD} says"
+    _load(copy_net(model), weights, config, unfit)  # torch loads what fits before it raises
     _load(model, weights, config, unfit)
     return config["sha256"]
 
