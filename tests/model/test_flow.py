@@ -219,3 +219,13 @@ def test_half_precision_in_inference_mode(dtype):
         prior.fit(rates.to(dtype), epochs=2)
         drawn = prior.to(dtype)(2000)
     assert drawn.dtype == dtype and drawn.min() > 0 and (drawn[:, 0] == 1).all()
+
+
+def test_few_rates_of_many_classes():
+    labels = torch.arange(5).repeat(5)
+    centers = torch.rand(5, 16).round()
+    prior = FlowPrior(16, levels=8)
+    prior.fit((centers[labels] + 0.1 * torch.randn(25, 16)).clamp(0, 1), labels, epochs=48)
+    asked = labels.repeat(20)
+    nearest = torch.cdist(prior(500, asked), centers).argmin(1)
+    assert (nearest == asked).float().mean() > 0.7
