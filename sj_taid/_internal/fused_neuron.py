@@ -82,6 +82,7 @@ class FusedNeuron:
         with graph.plain_functions():
             w, v_threshold = self._taid_operands()
             keeps = isinstance(self, Accelerated) and torch.is_grad_enabled()
+            keeps &= not torch.is_inference_mode_enabled()
             x, source = x_seq, None
             weight = bias = mean = rstd = None
             if keeps and type(x_seq) is Kept and x_seq._place is not None:

@@ -237,7 +237,8 @@ def _describe_view(result: Tensor, whole: Kept) -> None:
     memory, base, recipe = whole._memory, whole._base, whole._recipe
     if not memory.is_known or type(result) is not Tensor or result.is_inference():
         return
-    may_hold = result.requires_grad or not (recipe and recipe.holds_others)
+    holds_others = whole._source is not None or (recipe and recipe.holds_others)
+    may_hold = result.requires_grad or not holds_others
     is_same = result.dtype == whole.dtype
     is_view = is_same and result._base is (whole if base is None else base)
     if is_view or graph.shares_memory(result, whole):
@@ -439,6 +440,8 @@ def describe(result: Tensor, kept: Iterable[Any], recipe: Recipe | None) -> None
 
 def _fills_memory(tensor: Tensor) -> bool:
     """Whether the tensor fills its memory, in any order."""
+    if not graph.address_of(tensor):  # a wrapper of torch.func
+        return False
     whole = tensor.untyped_storage().nbytes() == tensor.nbytes and tensor.storage_offset() == 0
     if not whole or tensor.is_contiguous():
         return whole
@@ -464,12 +467,14 @@ def run_saving(
     outer = graph.saving_hooks()
     if outer is not None and graph.are_checkpoints(outer):
         return func(*args, **kwargs)
-    try:  # opened within, since an interrupt may come right after
-        # While they are open they hold what is known, so what lies at its addresses is its own.
-        graph.push_hooks(partial(_pack, known, plane, outer), _unpack)
+    # While they are open they hold what is known, so what lies at its addresses is its own.
+    pack = partial(_pack, known, plane, outer)
+    # An interrupt may come right after any call: opened within, and first; closed first.
+    try:
+        graph.push_hooks(pack, _unpack)
         return func(*args, **kwargs)
     finally:
-        known.clear()  # autograd's graph holds both hooks
+        del known[:]  # autograd's graph holds both hooks
         graph.pop_hooks()
 
 
@@ -565,6 +570,7 @@ HANDLERS: dict[Any, Callable[..., Any]] = {
         [
             *(*_MEMORY, Tensor.data.__set__, Tensor.data_ptr, Tensor.numpy),  # type: ignore[attr-defined]
             *(Tensor.untyped_storage, Tensor.storage, Tensor.__dlpack__, Tensor.__array__),
+            Tensor.__cuda_array_interface__.__get__,
             Tensor.share_memory_,
             *(Tensor.apply_, Tensor.map_, Tensor.map2_),
         ],

@@ -118,7 +118,8 @@ class Source:
 
     def note(self, reader: Any) -> None:
         """Note a function that reads the output."""
-        self.readers[reader.__name__.strip("_")] = False
+        name = getattr(reader, "__name__", type(reader).__name__)
+        self.readers.setdefault(name.strip("_"), False)  # a neuron may be called like a function
 
     def watch(self) -> None:
         """Note that something takes the output's gradient, which must pass through it."""

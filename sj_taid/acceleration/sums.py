@@ -18,9 +18,10 @@ _IN_PLACE = (Tensor.add_, Tensor.__iadd__)
 
 
 def _add(func: Any, args: Any, kwargs: Any) -> Any:
+    kept = kept_in(args, kwargs, func)
     if kwargs or len(args) != 2 or not graph.allows_hooks():
         return func(*args, **kwargs)
-    kept, recipe = kept_in(args, {}, func), _sum_of(func, args)
+    recipe = _sum_of(func, args)
     first, second = map(peak_of, args)
     peak = None if first is None or second is None else first + second
     result = func(*args)  # which saves nothing

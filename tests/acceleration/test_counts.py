@@ -217,12 +217,14 @@ def test_what_is_detached_keeps_no_input():
     norm, node = make(neuron.LIFNode(**OPTIONS), True)
     h = torch.rand(4, 2, 8, 2, 2, requires_grad=True) * 1.0
     y = norm(h)
-    kept = [t.detach() for t in (y, y.clone(), y + h, y + y, (y + y)[1:], node(y), node(y + h))]
+    moved = y.transpose(0, 1).contiguous(), y.flatten(0, 1).clone(memory_format=torch.channels_last)
+    kept = [t.detach() for t in (y, y.clone(), *moved, y + h, y + y, (y + y)[1:])]
+    kept += [t.detach() for t in (node(y), node(y + h))]
     with torch.no_grad():
         kept += [y.clone(), (y + h).clone()]
     memory = weakref.ref(h.untyped_storage())
     node.reset()
-    del h, y
+    del h, y, moved
     assert memory() is None and all((t + 0).isfinite().all() for t in kept)
 
 

@@ -329,3 +329,15 @@ def test_a_norm_of_another_dtype_warns_of_nothing(dtype):
     x = torch.randn(8, 4, 3, 4, requires_grad=True).to(dtype)
     expected = copy.deepcopy(net[0]).to(dtype)(x.detach())
     assert torch.equal(net[0].to(dtype)(x).detach(), expected)
+
+
+def test_a_neuron_may_be_called_like_a_function():
+    net = nn.Sequential()
+    net.add_module("norm", layer.BatchNorm2d(3, step_mode="m"))
+    net.add_module("relu", neuron.LIFNode(step_mode="m"))
+    sj_taid.accelerate(net)
+    y = net.norm(torch.rand(4, 2, 3, 5, 6, requires_grad=True))
+    net.relu(y)
+    nn.functional.relu(y)
+    with pytest.raises(RuntimeError, match="no gradient will reach it"):
+        y.register_hook(lambda grad: grad)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from spikingjelly.activation_based import layer, neuron, surrogate
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
 import sj_taid
@@ -51,12 +52,12 @@ def test_a_graph_without_backward_is_freed(read, norm):
     assert memory() is None
 
 
-def interrupted(push):
-    def push_and_interrupt(*hooks):
-        push(*hooks)
+def interrupted(function):
+    def call_and_interrupt(*args):
+        function(*args)
         raise KeyboardInterrupt
 
-    return push_and_interrupt
+    return call_and_interrupt
 
 
 @pytest.mark.parametrize(
@@ -67,12 +68,17 @@ def interrupted(push):
         lambda node, s: F.max_pool2d(s.flatten(0, 1), 2),
     ],
 )
-def test_an_interrupt_leaves_no_hooks_open(read, monkeypatch):
+@pytest.mark.parametrize("after", ["partial", "push_hooks"])
+def test_an_interrupt_leaves_the_hooks_that_were_open(read, after, monkeypatch):
     first, second = make(neuron.LIFNode(**OPTIONS), neuron.LIFNode(**OPTIONS))
     spikes = first(torch.rand(4, 2, 3, 5, 6, requires_grad=True) * 3)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(kept.graph, "push_hooks", interrupted(graph.push_hooks))
-        read(second, spikes)
+    home = kept if after == "partial" else graph
+    with saved_tensors_hooks(lambda t: t, lambda t: t):
+        before = graph.saving_hooks()
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(home, after, interrupted(getattr(home, after)))
+            read(second, spikes)
+        assert graph.saving_hooks() == before
     assert graph.saving_hooks() is None
 
 

@@ -2,12 +2,14 @@
 
 import copy
 from contextlib import nullcontext
+from functools import partial
 from importlib import import_module
 
 import pytest
 import torch
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import sj_taid
@@ -116,3 +118,24 @@ def test_saved_tensors_may_be_rounded(dtype, training):
         found.append(torch.autograd.grad(y, [*net.parameters()], torch.randn(y.shape)))
     for exact, rounded in zip(*found, strict=True):
         assert (rounded - exact).norm() <= 0.05 * exact.norm() + 1e-5
+
+
+def test_spikes_of_outside_within_a_transform_of_functions():
+    net, x = nn.Sequential(neuron.LIFNode(step_mode="m")), torch.rand(4, 2, 3, 5, 6) * 3
+    weight, found = torch.rand(2, 3, 1, 1), []
+    for fast in (net, copy.deepcopy(net)):
+        if fast is not net:
+            sj_taid.accelerate(fast)
+        spikes = fast(x.requires_grad_())
+        convolve = partial(lambda s, w: F.conv2d(s.flatten(0, 1), w).square().sum(), spikes)
+        found.append(torch.func.grad(convolve)(weight))
+    assert torch.equal(*found) and found[0].any()
+
+
+def test_gradients_within_inference_mode():
+    net, x = nn.Sequential(neuron.LIFNode(step_mode="m")), torch.rand(4, 2, 3) * 3
+    expected = net(x)
+    functional.reset_net(net)
+    sj_taid.accelerate(net)
+    with torch.inference_mode(), torch.enable_grad():
+        assert torch.equal(net(x), expected)
