@@ -137,8 +137,8 @@ class monitor(AbstractContextManager["monitor"]):
     def firing_rate(self) -> float:
         """Spikes per neuron and time step, of all layers together; NaN before the first input."""
         counts = self._counts.values()
-        steps = float(sum(count.steps for count in counts))
-        return float(sum(count.spikes for count in counts)) / steps if steps else math.nan
+        steps = sum(float(count.steps) for count in counts)
+        return sum(float(count.spikes) for count in counts) / steps if steps else math.nan
 
     def __str__(self) -> str:
         states = self.layers()

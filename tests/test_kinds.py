@@ -35,6 +35,10 @@ class Passes(Swallows):
         super().__init__(**kwargs)
 
 
+def make(size: int, *, flag=True):
+    pass
+
+
 class Unresolved:
     def __init__(self, depth: "NotImported", flag=True):  # noqa: F821
         pass
@@ -53,6 +57,7 @@ class Unresolved:
             {"name": "x", "depth": None, "spiking": False, "other": 3, "unknown": {}},
             {"name": 3, "depth": "x", "spiking": 1},
         ),
+        (make, {"size": 3, "flag": False}, {"size": "x", "flag": 1}),
         (Unresolved, {"depth": "x", "flag": False}, {"flag": "no"}),
         (ALIFNode, {"init_tau": 2, "channels": None}, {"v_threshold": "1", "channels": 2.0}),
         (neuron.LIFNode, {"tau": 2.0, "v_reset": None}, {"tau": "2", "detach_reset": 0}),

@@ -68,21 +68,22 @@ def build(
         except UNFIT as error:
             # An assertion may have no words but its own line.
             words = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
-            raise ValueError(f"{place}: {words}") from error
+            raise ValueError(f"{place}: {str(words).partition(chr(10))[0]}") from error
 
-    for name in _targets(config):
+    for name in targets(config):
         find_class(name, trust, trusted)
     return call(config)
 
 
-def _targets(node: Any) -> Iterator[Any]:
+def targets(node: Any) -> Iterator[Any]:
+    """The classes that a config names."""
     if isinstance(node, dict):
         if "_target_" in node:
             yield node["_target_"]
         node = [*node.values()]
     if isinstance(node, list):
         for child in node:
-            yield from _targets(child)
+            yield from targets(child)
 
 
 def find_class(

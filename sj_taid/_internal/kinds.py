@@ -10,6 +10,8 @@ from typing import Annotated, Any, get_type_hints
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
+from .build import targets
+
 #: of torch and numpy
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -32,7 +34,7 @@ def check_kinds(kinds: Mapping[str, Any], values: Mapping[str, Any], prefix: str
     ValueError: neuron.decay_input: input should be a valid boolean, but it is 'no'
     """
     for name, value in values.items():
-        if name not in kinds or "_target_" in repr(value):
+        if name not in kinds or any(targets(value)):  # what is built is checked there
             continue
         try:
             # JSON's lists are tuples too, and its texts are paths.
@@ -46,11 +48,12 @@ def check_kinds(kinds: Mapping[str, Any], values: Mapping[str, Any], prefix: str
 
 
 @cache
-def declared_kinds(target: type) -> dict[str, Any]:
-    """The annotations of a class's arguments, of base classes too, since ``**kwargs`` go there."""
+def declared_kinds(target: Any) -> dict[str, Any]:
+    """The annotations of arguments, of base classes too, since ``**kwargs`` go there."""
     kinds: dict[str, Any] = {}
-    for owner in reversed(inspect.getmro(target)):
-        if not inspect.isfunction(function := vars(owner).get("__init__")):
+    for owner in reversed(inspect.getmro(target)) if isinstance(target, type) else [target]:
+        function = vars(owner).get("__init__") if isinstance(owner, type) else owner
+        if not inspect.isfunction(function):
             continue
         parameters = inspect.signature(function).parameters.values()
         kinds |= {one.name: bool for one in parameters if isinstance(one.default, bool)}

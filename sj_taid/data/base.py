@@ -131,8 +131,10 @@ class Data(L.LightningDataModule):
                 f"the {part} of {self.name} has the label {min(wrong)}; those of "
                 f"dataset.classes={self.classes} are 0 to {self.classes - 1}, and null is for none"
             )
+        if part == "train_set" or samples.read is None:
+            return samples
         # In the order of their folders, the first batches and pictures would be of one class.
-        return samples if part == "train_set" else samples.interleave()
+        return samples.interleave()
 
     def test_on_validation(self) -> Self:
         """The same data, with the validation set in place of the test set."""
@@ -205,7 +207,6 @@ def _collate(batch: Batch, transform: v2.Transform, mixup: v2.MixUp | None) -> B
     x = transform(x)
     if mixup is None:
         return x, label
-    mixed, probabilities = mixup(
-        x.flatten(1, -3), label
-    )  # the frames of a sequence share the draws
+    # The frames of a sequence share the draws.
+    mixed, probabilities = mixup(x.flatten(1, -3), label)
     return mixed.view_as(x), probabilities

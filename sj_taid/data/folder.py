@@ -149,7 +149,6 @@ class CelebA(Torchvision):
     """
 
     source: str = "CelebA"
-    counts = (162_770, 19_962)
 
     def load(self) -> tuple[Samples, Samples]:
         return self._listed("0"), self._listed("2")

@@ -50,6 +50,14 @@ class Digits(ImageData):
         return samples.subset(train), samples.subset(range(4, len(samples), 5))
 
 
+#: the published numbers of training and test images
+COUNTS = {
+    **dict.fromkeys(("MNIST", "FashionMNIST"), (60_000, 10_000)),
+    "CIFAR10": (50_000, 10_000),
+    "CelebA": (162_770, 19_962),
+}
+
+
 @dataclass(kw_only=True, eq=False, repr=False)
 class Torchvision(ImageData):
     """A data set of torchvision, such as MNIST, FashionMNIST and CIFAR10, loaded into memory.
@@ -74,7 +82,7 @@ class Torchvision(ImageData):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.read = getattr(datasets, self.source)
+        self.read, self.counts = getattr(datasets, self.source), COUNTS.get(self.source)
         if type(self) is Torchvision and "train" not in signature(self.read).parameters:
             raise ValueError(
                 f"source={self.source} is a data set of torchvision without train=, which is not "

@@ -33,6 +33,8 @@ def encoder_shape(
         while side > 4 and side % 4 == 0:
             widths.append(2 * widths[-1])
             side //= 2
+    if not widths:
+        raise ValueError("hidden_channels must be the width of each block, but it is empty")
     for width in widths:
         check_sizes(hidden_channels=width)
     side, rest = divmod(image_size, 2 ** len(widths))

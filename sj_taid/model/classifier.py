@@ -7,7 +7,7 @@ from itertools import chain
 from spikingjelly.activation_based import layer, surrogate
 from torch import Tensor, nn
 
-from .._internal.checks import SHARE, check, check_flags, check_sizes, integer
+from .._internal.checks import check, check_flags, check_sizes, integer
 from ..neuron import ALIFNode
 from .block import Neuron, check_images, make_neuron, reset
 
@@ -86,9 +86,14 @@ class Classifier(nn.Module):
             check_sizes(stages=width)
         check_flags(norm=norm, per_channel=per_channel, output_neuron=output_neuron)
         check(integer(2), classes=classes)
-        for probability in dropout:
-            check(SHARE, dropout=probability)
+        if len(dropout) != 2 or not all(0 <= probability < 1 for probability in dropout):
+            raise ValueError(f"dropout must be two probabilities in [0, 1), but it is {dropout!r}")
         side = image_size // 2 ** len(stages)
+        if side < 1:
+            raise ValueError(
+                f"image_size={image_size} is too small for {len(stages)} stages, each of which "
+                "halves it"
+            )
         self.in_channels = in_channels
         self.image_size = image_size
         self.classes = classes

@@ -216,15 +216,19 @@ class SpikingVAE(nn.Module):
 
     def _check_label(self, n: int, label: int | Sequence[int] | Tensor) -> Tensor:
         """The class of each of ``n`` images, ``[n]``."""
-        labels = torch.as_tensor(label)
-        fits = labels.dtype == torch.long and labels.shape in ((), (n,))
+        try:
+            labels = torch.as_tensor(label)
+        except TypeError:  # a text
+            labels = torch.tensor(-1)
+        is_whole = not labels.is_floating_point() and labels.dtype != torch.bool
+        fits = is_whole and labels.shape in ((), (n,))
         if not fits or not {*labels.flatten().tolist()} <= {*self.labels}:
             raise ValueError(
                 f"label must be one of {self.labels}, or a list of {n} of them, but it is "
                 f"{label!r:.80}; an ESVAE has those that its flow was fitted with, by "
                 "model.fit_prior(images, labels=...)"
             )
-        return labels.expand(n)
+        return labels.long().expand(n)
 
     def sample_latent(self, n: int, labels: Tensor | None = None) -> Tensor:
         """Draw latent spikes ``[T, n, latent]`` from the prior, of the classes in ``labels``."""

@@ -206,4 +206,4 @@ def _load(model: nn.Module, weights: dict[str, Tensor], config: dict[str, Any], 
         model.load_state_dict(weights)
         set_fixed_thresholds(model, config.get("fixed_thresholds", {}))
     except (RuntimeError, ValueError) as error:
-        raise ValueError(f"{unfit}: {str(error).splitlines()[-1].strip()}") from error
+        raise ValueError(f"{unfit}: {str(error).splitlines()[-1].strip():.200}") from error

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,8 @@ def fit_once(
 def cache_path(folder: Path, kind: str, data: ImageData, *how: Any) -> Path:
     """The file of what is made once for this data set, and told apart by ``how`` it is made."""
     digest = hashlib.sha256(json.dumps(how).encode()).hexdigest()[:16]
-    return folder / f"{kind}-{data.name}-{digest}.pt"
+    name = re.sub(r"[^\w.-]", "-", data.name)  # a config's, which may be from elsewhere
+    return folder / f"{kind}-{name}-{digest}.pt"
 
 
 def cached(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:

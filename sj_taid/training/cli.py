@@ -26,7 +26,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from .._internal.extras import REMEDY, TRAIN, needs
-from .config import CONF, VERSION, keys_there
+from .config import CONF, VERSION, key_of, keys_there
 
 #: what a user's error is, whose message is enough
 USER_ERRORS = (
@@ -56,7 +56,12 @@ def main(command: str, arguments: Sequence[str]) -> None:
     try:
         if not Path(CONF, f"{command}.yaml").is_file():
             return find_main(command)(arguments)
-        if {"-m", "--multirun"} & {*arguments}:
+        keys = {key_of(argument) for argument in arguments if argument != "resume=null"}
+        if "resume" in keys and keys & {"hydra.run.dir", "-m", "--multirun"}:
+            raise ValueError(
+                "resume= continues one run, in its own folder; leave hydra.run.dir= and -m out"
+            )
+        if keys & {"-m", "--multirun"}:
             end_workers_with_sweep()
         sys.argv[1:] = arguments
         hydra.main(CONF, command, VERSION)(run_job)()
@@ -114,6 +119,6 @@ def format_error(error: Exception, command: str = "train") -> str:
     if text.startswith("Missing mandatory value: checkpoint"):
         text = "checkpoint= is missing: give the folder of a run, as checkpoint=runs/1"
     if "No supported gpu backend" in text:
-        text = "no GPU is found: leave trainer=gpu out; `sj-taid doctor` says what there is"
+        text = "no GPU is found: leave trainer=gpu or accelerator= out; see `sj-taid doctor`"
     hint = ["(HYDRA_FULL_ERROR=1 shows the traceback)"] if command != "compare" else []
     return "\n".join([text, *getattr(error, "__notes__", ()), *hint])

@@ -50,11 +50,16 @@ KINDS_OF_GROUPS: dict[str, dict[str, Any]] = {
         "gradient_clip_val": NonNegativeFloat | None,
         "accumulate_grad_batches": PositiveInt,
         "check_val_every_n_epoch": PositiveInt | None,
+        "limit_train_batches": PositiveFloat | None,
         "limit_test_batches": PositiveFloat | None,
     },
 }
-#: options that one task alone takes, and the group that sets them
-OF_ONE_TASK = {"loss": "classification", "feature_loss": "generation"}
+#: what sets a key, the only task that takes it, and a key that only the task's config has
+OF_ONE_TASK = {
+    "loss": ("loss=", "classification", "loss"),
+    "model.per_channel": ("neuron=alif_channel", "classification", "loss"),
+    "feature_loss": ("feature_loss=", "generation", "feature_loss"),
+}
 
 
 def compose(config_name: str, overrides: Sequence[str] = (), **options: Any) -> DictConfig:
@@ -77,7 +82,8 @@ def keys_there(command: str, overrides: Sequence[str], key: str) -> str:
     parts: Any = {} if place else OmegaConf.to_container(cfg)
     alike = [name for name in flatten(parts) if last in name]
     elsewhere = f"; elsewhere: {', '.join(alike)}" if alike else ""
-    return f"there is no {key}; {place or 'the config'} has {names}{elsewhere}"
+    has = f"{place or 'the config'} has {names}" if names else f"no {place} is chosen"
+    return f"there is no {key}; {has}{elsewhere}"
 
 
 def refuse_unknown(command: str, cfg: DictConfig) -> None:
@@ -167,9 +173,9 @@ def validate(cfg: DictConfig) -> None:
             f"{task.__name__} takes {task.takes.__name__}, but dataset={cfg.dataset.name} is "
             f"{data.__name__}; for recordings add task=classification"
         )
-    for key, name in OF_ONE_TASK.items():
-        if cfg.get(key) and key not in cfg.task:
-            raise ValueError(f"{key}= is for task={name}; add that, or leave {key}= out")
+    for key, (choice, name, own) in OF_ONE_TASK.items():
+        if OmegaConf.select(cfg, key) and own not in cfg.task:
+            raise ValueError(f"{choice} is for task={name}; add that, or leave {choice} out")
     if cfg.get("decoder") and "loss" in cfg.task:
         raise ValueError(f"{task.__name__} makes no images, which decoder= is for; leave it out")
     metrics = "|".join(task.objectives)

@@ -13,6 +13,7 @@ from torch import distributed
 from .._internal.context import seeded
 from .callbacks import ProgressBar, watch_neurons
 from .checkpoint import load_weights, read_checkpoint
+from .compare import COSTS
 from .config import flatten, merge
 from .evaluator import Evaluator
 from .messages import show_metrics
@@ -46,6 +47,7 @@ def evaluate(cfg: DictConfig, **origin: Any) -> dict[str, Any]:
         protocol = metrics.pop("protocol", {})
         protocol = {name: protocol[name] for name in metrics if name in protocol}
         if run.checkpoint == run.best:
+            metrics = {name: value for name, value in metrics.items() if name not in COSTS}
             protocol, metrics = rename_for_best_epoch(protocol), rename_for_best_epoch(metrics)
         evaluation = {
             "protocol": protocol,

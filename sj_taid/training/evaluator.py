@@ -74,6 +74,9 @@ class Evaluator:
         self.cache_dir = expand_home(self.cache_dir)  # a config gives a string
         kinds = declared_kinds(Autoencoder) | get_type_hints(fit_once, include_extras=True)
         check_kinds(kinds, self.autoencoder, "autoencoder.")
+        taken = {"hidden_channels", "latent_channels", "lr", "epochs", "batch_size", "seed"}
+        if unknown := self.autoencoder.keys() - taken:
+            raise ValueError(f"autoencoder has no {unknown.pop()}; there are {', '.join(taken)}")
 
     def fad_alone(self) -> Evaluator:
         """The same without the metrics for which validation images may be too few."""
@@ -156,17 +159,18 @@ class Evaluator:
         metrics = MetricCollection({"fad_published": fad.to(self.device)})
         return [(metrics, [fad.batch_size] * fad.batches)]
 
+    def _check_enough(self, data: ImageData, names: str, needed: int) -> None:
+        images = f"the number of {data.test_name} images"
+        for what, count in {"metric.samples": self.samples, images: len(data.test_set)}.items():
+            if count < needed:
+                raise ValueError(f"{names} need at least {needed} images, but {what} is {count}")
+
     def _compare(
         self, data: ImageData, network: Features, kinds: Mapping[str, type[Any]]
     ) -> dict[Any, Any]:
         """Metrics of a network, which runs once for all, updated with the test images."""
         made = {name: kind(network, **ALONE) for name, kind in kinds.items()}
-        needed = max(metric.needed for metric in made.values())
-        images = f"the number of {data.test_name} images"
-        for what, count in {"metric.samples": self.samples, images: len(data.test_set)}.items():
-            if count < needed:
-                names = ", ".join(made)
-                raise ValueError(f"{names} need at least {needed} images, but {what} is {count}")
+        self._check_enough(data, ", ".join(made), max(metric.needed for metric in made.values()))
         metrics = FeatureShare(made).to(self.device)
 
         def make() -> dict[str, Any]:
@@ -184,17 +188,16 @@ class Evaluator:
 
     def _codes(self, data: ImageData) -> AutoencoderCodes:
         """The codes of FAD's autoencoder, which is trained first if need be."""
-        training = dict(self.autoencoder)
+        self._check_enough(data, "FAD, precision and recall", self.needed)  # before it is trained
+        training = {"lr": 1e-3, **self.autoencoder}
         widths = training.pop("hidden_channels"), training.pop("latent_channels")
         make = partial(Autoencoder, data.channels, data.image_size, *widths)
 
         def loss(network: Any, images: Tensor, labels: Tensor) -> Tensor:
             return network.training_loss(images)["loss"]
 
-        training |= {"lr": 1e-3, "device": self.device}
-        return AutoencoderCodes(
-            fit_once(self.cache_dir, "autoencoder", make, loss, data, **training)
-        )
+        fit = partial(fit_once, self.cache_dir, "autoencoder", make, loss, data)
+        return AutoencoderCodes(fit(**training, device=self.device))
 
 
 def _real_states(metric: Any) -> dict[str, Any]:

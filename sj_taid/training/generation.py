@@ -90,8 +90,8 @@ class Generation(Autoencoding):
             counts = Counter(self.labels(data)).values()
             if (fewest := min(counts, default=ENOUGH_OF_A_CLASS)) < ENOUGH_OF_A_CLASS:
                 log.warning(
-                    "A class has %d training images: with less than about %d, half of the samples "
-                    "of a class may not be of it",
+                    "A class has %d training images; below about %d, only half of the samples of a "
+                    "class may show it",
                     *(fewest, ENOUGH_OF_A_CLASS),
                 )
         if self.feature_loss:

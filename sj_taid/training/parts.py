@@ -112,8 +112,9 @@ def complete(cfg: DictConfig, data: Data) -> None:
     Raises:
         ValueError: a part has another number of classes than the data, or a classifier's data none.
     """
-    cfg.dataset.classes = data.classes
-    cfg.dataset.num_workers = data.num_workers  # the augmentation of each draws its own numbers
+    OmegaConf.update(cfg, "dataset.classes", data.classes, force_add=True)
+    # The augmentation of each process draws its own numbers.
+    OmegaConf.update(cfg, "dataset.num_workers", data.num_workers, force_add=True)
     parts = [part for part in ("model", "feature_loss") if "classes" in (cfg.get(part) or {})]
     for part in parts:
         own = cfg[part].classes

@@ -5,8 +5,10 @@ import logging
 import os
 import platform
 import shlex
+import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
 
@@ -45,6 +47,18 @@ def silence_notes() -> None:
         r"The dirpath has changed",  # in a folder that was moved
     ):
         warnings.filterwarnings("ignore", note)
+
+
+@contextmanager
+def ending_wandb_run() -> Iterator[None]:
+    """End a run of W&B that begins within, or Lightning continues it in the next run."""
+    before = getattr(sys.modules.get("wandb"), "run", None)
+    try:
+        yield
+    finally:
+        wandb = sys.modules.get("wandb")
+        if wandb and wandb.run is not before:
+            wandb.finish()
 
 
 def given_overrides() -> dict[str, str]:

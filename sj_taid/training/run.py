@@ -115,6 +115,13 @@ class Run:
         config: Any = OmegaConf.load(self.folder / CONFIG)
         return config
 
+    def with_its_workers(self, cfg: DictConfig) -> DictConfig:
+        """The config with the loader processes that the run was started with, if it says none."""
+        if cfg.dataset.get("num_workers") is None and (self.folder / CONFIG).is_file():
+            saved = self.config.dataset.get("num_workers")
+            OmegaConf.update(cfg, "dataset.num_workers", saved, force_add=True)
+        return cfg
+
     @property
     def model_config(self) -> dict[str, Any]:
         """The model's class and arguments, but for the backend of its neurons: each machine has

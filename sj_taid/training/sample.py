@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from pydantic import PositiveInt
 
 from .._internal.kinds import Seed, check_kinds
 from .callbacks import show_progress
-from .config import refuse_unknown
+from .config import KINDS, refuse_unknown
 from .evaluator import SAMPLES_AT_ONCE
 from .plot import draw_classes, draw_grid
 from .run import Run
@@ -25,7 +25,8 @@ log = logging.getLogger(__name__)
 def main(cfg: DictConfig) -> None:
     """Draw ``cfg.n`` samples of the model in ``cfg.checkpoint``, or rows of its classes."""
     refuse_unknown("sample", cfg)
-    check_kinds({"n": PositiveInt, "columns": PositiveInt, "seed": Seed}, cfg)
+    kinds = {"n": PositiveInt, "columns": PositiveInt, "seed": Seed, "trust": KINDS["trust"]}
+    check_kinds(kinds, OmegaConf.to_container(cfg))  # type: ignore[arg-type]
     if cfg.output and Path(cfg.output).suffix != ".png":  # or it may replace a file
         raise ValueError(f"output must name a picture, such as a.png, but it is {cfg.output}")
     run = Run.find(cfg.checkpoint)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from .messages import closing_lines, explain_resuming, show_metrics
 from .parts import Parts, build_parts
 from .process import (
     command_line,
+    ending_wandb_run,
     given_overrides,
     provenance,
     reuse_freed_memory,
@@ -37,20 +37,17 @@ log = logging.getLogger(__name__)
 def main(cfg: DictConfig) -> float | None:
     """Train the job that Hydra composed, unless it is finished; returns the objective's value."""
     run = Run(run_folder(cfg.resume, HydraConfig.get().runtime.output_dir))
-    try:
-        with run.lock(), explain_resuming(run):
-            origin = command_line("train", run.origin if cfg.resume else None)
-            if cfg.resume:
-                cfg = resumed_config(cfg, run)
-            metrics = train(cfg, run.folder, **origin)
-    finally:
-        if wandb := sys.modules.get("wandb"):
-            wandb.finish()  # or Lightning would continue the run in the next job
+    with run.lock(), explain_resuming(run):
+        origin = command_line("train", run.origin if cfg.resume else None)
+        if cfg.resume:
+            cfg = resumed_config(cfg, run)
+        metrics = train(cfg, run.folder, **origin)
     if is_first_process():
         log.info("%s", closing_lines(run))
     return metrics.get(cfg.objective)
 
 
+@ending_wandb_run()
 def train(cfg: DictConfig, folder: str | Path, **origin: Any) -> dict[str, Any]:
     """Train, test, measure and draw what the task asks for; everything is left in ``folder``.
 
@@ -64,7 +61,8 @@ def train(cfg: DictConfig, folder: str | Path, **origin: Any) -> dict[str, Any]:
     """
     silence_notes()
     reuse_freed_memory()
-    run, parts = Run(folder), build_parts(cfg)
+    run = Run(folder)
+    parts = build_parts(run.with_its_workers(cfg))
     checkpoint = run.resume(parts.values)
     if run.is_complete(parts.values):
         log.info("This run is finished already and is not run again.")

@@ -59,7 +59,7 @@ def test_nmnist(nmnist, caplog):
 def test_train_starts_calibrated_on_the_time_steps_of_recordings(nmnist, caplog):
     caplog.set_level("INFO", "sj_taid")
     tiny = [o for o in TINY_CLASSIFICATION if not o.startswith("model.T=")]
-    options = [f"root={nmnist}", "T=3", "batch_size=2", "validation=0.5"]
+    options = [f"root={nmnist}", "T=3", "batch_size=2", "validation=0.5", "num_workers=0"]
     chosen = ["dataset=nmnist", *(f"dataset.{option}" for option in options)]
     train(compose("train", [*tiny, *chosen, "neuron_start.calibrate=0.2"]), nmnist / "run")
     # Time by mistake in place of the two samples would ask the model for two steps.

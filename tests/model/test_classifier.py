@@ -126,7 +126,9 @@ def test_forward_is_the_mean_over_time_and_a_class():
     ("change", "message"),
     [
         ({"T": 0}, "T must"),
-        ({"dropout": (0.5, 1.5)}, "dropout must be a number from 0 to 1"),
+        ({"dropout": (0.5, 1.0)}, r"dropout must be two probabilities in \[0, 1\)"),
+        ({"dropout": (0.5,)}, r"dropout must be two probabilities in \[0, 1\)"),
+        ({"image_size": 3}, "image_size=3 is too small for 2 stages"),
         ({"neuron": ALIFNode}, "'m'"),
         ({"norm": "off"}, "norm must be True or False"),
         ({"classes": 1}, "classes must be an integer >= 2"),

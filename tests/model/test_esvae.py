@@ -170,10 +170,10 @@ def test_sample_of_a_class(monkeypatch):
     drawn = []
     monkeypatch.setattr(model.flow, "forward", lambda n, labels: drawn.append(labels.tolist()))
     monkeypatch.setattr("sj_taid.model.esvae.spikes_from_rate", lambda *_: torch.zeros(6, 3, 10))
-    for label in (4, [3, 4, 3], torch.tensor([4, 4, 3])):
+    for label in (4, [3, 4, 3], torch.tensor([4, 4, 3], dtype=torch.int32)):
         assert model.sample(3, label=label).shape == (3, 1, 8, 8)
     assert drawn == [[4, 4, 4], [3, 4, 3], [4, 4, 3]]
-    for label in (7, [3, 4], [3, 4, 7], 3.0, True):
+    for label in (7, [3, 4], [3, 4, 7], 3.0, True, "3"):
         with pytest.raises(ValueError, match=r"label must be one of \[3, 4\], or a list of 3"):
             model.sample(3, label=label)
     with model.draw_from("learned"), pytest.raises(ValueError, match=r"of \[\], .*fit_prior"):

@@ -60,7 +60,10 @@ def test_error_of_a_worker_is_its_message_alone():
         ("train neuron=plif neuron.tau=2", "^there is no neuron.tau; neuron has .* init_tau,"),
         ("train foo.bar=2", "^there is no foo.bar; the config has .* dataset,"),
         ("sample lable=3 checkpoint=x", "^there is no lable; the config has .* label,"),
-        ("train trainer=gpu", "^no GPU is found: leave trainer=gpu out; .sj-taid doctor"),
+        (
+            "train trainer=gpu",
+            "^no GPU is found: leave trainer=gpu or accelerator= out; see .sj-taid doctor",
+        ),
         ("train +nueron=lif", "the config has no nueron; there are .* neuron,"),
         ("train +model.x=1", "^model: .*unexpected keyword argument 'x'"),
         (
@@ -71,6 +74,12 @@ def test_error_of_a_worker_is_its_message_alone():
         ("train seed=null", "^seed: input should be a valid integer, but it is None"),
         ("train dataset=mnist hydra.run.dir=run", "no MNIST at dataset.root=data/mnist"),
         ("train resume=nowhere", r"^resume= needs the folder of a run.*but got .*nowhere\n\(HYDRA"),
+        (
+            "train resume=nowhere hydra.run.dir=run",
+            "in its own folder; leave hydra.run.dir= and -m",
+        ),
+        ("train -m resume=nowhere seed=0,1", "in its own folder; leave hydra.run.dir= and -m"),
+        ("train neuron=alif_channel", "neuron=alif_channel is for task=classification"),
         ("train trust=[1]", r"^trust: input should be a valid string, but it is \[1\]"),
         ("train model.T=0", r"T must be an integer >= 1, but it is 0"),
         ("train trainer.accelerator=tpuu", "Available names are"),
@@ -181,8 +190,7 @@ def test_interrupted_runs_resume_with_their_custom_configs(train, sj_taid, tmp_p
         sj_taid("train", f"resume={folder}", "+callbacks.ctrl_c.epoch=1", trust)
     with pytest.raises(KeyboardInterrupt, match="Stopped"):
         sj_taid("train", f"resume={folder}", trust)  # its config is the last one
-    quiet = [f"hydra.run.dir={tmp_path / 'other'}", "callbacks=quiet"]
-    sj_taid("train", f"resume={folder}", *quiet)  # in its own folder all the same
+    sj_taid("train", f"resume={folder}", "callbacks=quiet")
     metrics = run.Run(folder).metrics
     assert metrics["epochs"] == 2 and metrics["choices"]["callbacks"] == "mine"
 

@@ -1,13 +1,14 @@
 """Evaluating samples: what is cached, and no disturbance of the global random state."""
 
 import io
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from sj_taid.data import Digits
 from sj_taid.metric import FrechetDistance
-from sj_taid.training.cache import cached
+from sj_taid.training.cache import cache_path, cached
 from sj_taid.training.evaluator import Evaluator
 from tests.data.made_up import ready
 from tests.training.conftest import Network
@@ -121,6 +122,12 @@ def test_damaged_cache_is_named_and_made_again(tmp_path, caplog, damage):
     assert f"{path} is {kind}" in warning and len(made) == 2
 
 
+def test_a_name_from_elsewhere_stays_in_the_cache(tmp_path):
+    data = SimpleNamespace(name="../../photos of 2024")
+    path = cache_path(tmp_path, "autoencoder", data)
+    assert path.parent == tmp_path and path.name.startswith("autoencoder-..-..-photos-of-2024-")
+
+
 def test_evaluate_samples_is_reproducible_and_leaves_the_random_state_alone(evaluator):
     data, model = digits(), Noise()
     state = torch.random.get_rng_state()
@@ -148,6 +155,10 @@ def test_evaluate_samples_checks_each_metric_before_a_training(evaluator, monkey
     data.test_set = data.test_set.subset(range(4))
     with pytest.raises(ValueError, match=r"fid.* test images is 4"):
         evaluator.prepare(data)
+    monkeypatch.setattr("sj_taid.training.evaluator.fit_once", lambda *_, **__: pytest.fail())
+    evaluator.inception_weights, evaluator.samples = None, 3
+    with pytest.raises(ValueError, match=r"^FAD, .* but metric\.samples is 3"):
+        evaluator.prepare(digits())
 
 
 def test_evaluate_samples_runs_a_network_once_for_all_its_metrics(evaluator, monkeypatch):

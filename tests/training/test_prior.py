@@ -120,8 +120,8 @@ def test_generation_warns_of_few_images_of_a_class(n, warned, caplog):
         task = Generation(ESVAE(**SMALL, sample_from=source), ADAM)
         task.before_training(data, mock.Mock(needed=0))
     assert caplog.messages == warned * [
-        f"A class has {n} training images: with less than about {ENOUGH_OF_A_CLASS}, half of the "
-        "samples of a class may not be of it"
+        f"A class has {n} training images; below about {ENOUGH_OF_A_CLASS}, only half of the "
+        "samples of a class may show it"
     ]
 
 

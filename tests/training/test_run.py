@@ -201,7 +201,7 @@ def test_build_resolves_nothing(tmp_path):
     path = f"{{_target_: pathlib.Path, _args_: [{tmp_path}/hacked]}}"
     evil = f'\\${{oc.create:"{{_target_: pathlib.Path.touch, self: {path}}}"}}'
     cfg = OmegaConf.create({"decoder": {"_target_": "sj_taid.TAID", "T": evil}})
-    with pytest.raises(ValueError, match=r"T must be .* '\$\{oc\.create"):
+    with pytest.raises(ValueError, match=r"T: input should be a valid integer, .*\$\{oc\.create"):
         build(plain(cfg.decoder), ())
     assert not (tmp_path / "hacked").exists()
 
@@ -235,3 +235,14 @@ def test_no_write_follows_a_link(tmp_path, monkeypatch):
     with pytest.raises(FileExistsError), atomic_write(folder.folder / "a"):
         pytest.fail("a write through a link")
     assert precious.read_text() == "mine"
+
+
+def test_a_run_keeps_its_number_of_loader_processes(tmp_path):
+    """Whatever the cores of the machine where it goes on: each draws augmentation of its own."""
+    cfg = OmegaConf.create({"dataset": {"num_workers": None}})
+    run = Run(tmp_path)
+    assert run.with_its_workers(cfg).dataset.num_workers is None
+    run.begin("dataset: {num_workers: 3}", {})
+    assert run.with_its_workers(cfg).dataset.num_workers == 3
+    cfg.dataset.num_workers = 1
+    assert run.with_its_workers(cfg).dataset.num_workers == 1

@@ -260,7 +260,6 @@ def test_classes_are_counted_for_all_that_learn_from_labels(tmp_path):
         ("model.hidden_channels=0", "^model: hidden_channels must be an integer >= 1, but it is 0"),
         ("model.image_decoder=taid", r"^model\.image_decoder: an object, by its _target_, but"),
         ("model.chroma_weight=1", "^model: chroma_weight=1 is for images of 3 channels"),
-        ("neuron=alif_channel", "^model: .* unexpected keyword argument 'per_channel'"),
         ("neuron_start.calibrate=2", r"^neuron_start\.calibrate: input should be less than 1"),
         ("surrogate=atan surrogate.alpha=-1", r"^surrogate\.alpha: input should be greater than 0"),
         ("task.scheduler=foo", r"^task\.scheduler: an object, by its _target_, but it is 'foo'"),
