@@ -1,6 +1,6 @@
 """NVRTC, NVIDIA's run-time compiler, called from Python: compiles the kernels without a GPU.
 
-    python -m tests.ops.alif.nvrtc sm_90
+    python -m tests.ops.alif.nvrtc --arch sm_90
 
 prints the registers and spills of the kernels. The library comes with CUDA, with CUDA
 builds of PyTorch and with the ``nvidia-cuda-nvrtc`` wheel.
@@ -8,6 +8,7 @@ builds of PyTorch and with the ``nvidia-cuda-nvrtc`` wheel.
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import itertools
 import re
@@ -160,10 +161,12 @@ def kernels_and_bytes() -> Iterator[tuple[str, int]]:
             yield f"{what}<{scalar},{vec},{counts}>", 4 * max(2, vec)
 
 
-def main(arch: str = "") -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Print the resources of the kernels, for the GPU here unless another is named."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
     here = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
-    arch = arch or "sm_{}{}".format(*here)
+    parser.add_argument("--arch", default="sm_{}{}".format(*here), help="such as sm_90")
+    arch = parser.parse_args(arguments).arch
     start = time.perf_counter()
     found = resources(kernels.source(), [*dict(kernels_and_bytes())], arch)
     seconds = time.perf_counter() - start
@@ -173,4 +176,4 @@ def main(arch: str = "") -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()
