@@ -1,5 +1,6 @@
 """Nets on zeros and ones: outputs, what each operation reads, and additions by the derivative."""
 
+import copy
 import csv
 import math
 
@@ -78,7 +79,10 @@ def test_operation(name, factor):
     with Watch() as watch, binary(net) as report:
         got = net(c * factor)
     torch.testing.assert_close(got, net(c * factor), rtol=1e-12, atol=1e-12)
-    jacobian = torch.autograd.functional.jacobian(net, c)
+    dense = copy.deepcopy(net)
+    for parameter in dense.parameters():
+        nn.init.ones_(parameter)  # a weight of 0 is added, too
+    jacobian = torch.autograd.functional.jacobian(dense, c)
     fan_out = jacobian.ne(0).flatten(0, jacobian.dim() - c.dim() - 1).sum(0)
     (row,) = report.rows
     assert (row.levels, row.ones, row.values) == ([4], c.sum(), 4 * c.numel())
