@@ -15,9 +15,8 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ._internal import compat
 from ._internal.comparison import compare
-from ._internal.fused_neuron import restore
+from ._internal.fused_neuron import NO_LEAK_W, restore
 from ._internal.neurons import (
-    NO_LEAK_W,
     Site,
     as_inputs,
     check_net,

@@ -67,8 +67,9 @@ def build(
             return partial(target, **values) if node.get("_partial_") else target(**values)
         except UNFIT as error:
             # An assertion may have no words but its own line.
-            words = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
-            raise ValueError(f"{place}: {str(words).partition(chr(10))[0]}") from error
+            words = str(error) or traceback.extract_tb(error.__traceback__)[-1].line or ""
+            first, *_ = words.split("\n")
+            raise ValueError(f"{place}: {first}") from error
 
     for name in targets(config):
         find_class(name, trust, trusted)

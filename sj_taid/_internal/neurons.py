@@ -16,7 +16,6 @@ from ..ops import backends
 from ..ops.bits import LARGEST_COUNT
 from ..ops.surrogate import counts, levels_of
 from . import compat
-from .fused_neuron import NO_LEAK_W as NO_LEAK_W
 from .fused_neuron import Accelerated
 from .report import Row
 

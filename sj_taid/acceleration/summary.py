@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .._internal import compat, graph
+from .._internal.context import forked
 from .._internal.neurons import find_neurons
 from .._internal.report import Row, table_of
 from ..ops.counts import read_counts
@@ -138,7 +139,7 @@ def measure(plain: nn.Module, fast: nn.Module, inputs: Any) -> tuple[Any, dict[s
     Bytes and time are those of a later step, with all kernels and plans made.
     """
     inputs = tree_map_only(Tensor, lambda t: t.detach().requires_grad_(t.requires_grad), inputs)
-    with torch.random.fork_rng({p.device for p in plain.parameters() if p.is_cuda}):
+    with forked(plain.parameters()):
         readers, counting = find_readers(fast, inputs), _find_counting(plain, inputs)
         turns = [[run_step(net, inputs)[1] for net in (plain, fast)] for _ in range(_STEPS)]
         saved_bytes = tuple(run_step(net, inputs, True)[0] for net in (plain, fast))

@@ -105,6 +105,12 @@ class Data(L.LightningDataModule):
         if self.counts not in (None, (len(train), len(test))):
             published = "%s has %d training and %d test samples, not the published %d and %d"
             log.warning(published, self.name, len(train), len(test), *self.counts)
+        names = self.class_names
+        if names and self.classes not in (None, len(names)):
+            raise ValueError(
+                f"dataset.classes={self.classes}, but {self.name} has {len(names)}: "
+                f"{', '.join(names)}"
+            )
         if self.validation == "own":
             self.validation_set = self._prepare("validation_set", self.load_validation())
         elif self.validation:
@@ -115,12 +121,6 @@ class Data(L.LightningDataModule):
 
     def _prepare(self, part: str, samples: Samples) -> Samples:
         """Check a part's labels, and take as much of it as is asked for."""
-        names = self.class_names
-        if names and self.classes not in (None, len(names)):
-            raise ValueError(
-                f"dataset.classes={self.classes}, but {self.name} has {len(names)}: "
-                f"{', '.join(names)}"
-            )
         if self.limit is not None and self.limit < len(samples):
             # Not every k-th: MNIST has images of its two sources in turn.
             _, samples = samples.draw(self.limit, self.seed)

@@ -75,8 +75,9 @@ class Evaluator:
         kinds = declared_kinds(Autoencoder) | get_type_hints(fit_once, include_extras=True)
         check_kinds(kinds, self.autoencoder, "autoencoder.")
         taken = {"hidden_channels", "latent_channels", "lr", "epochs", "batch_size", "seed"}
-        if unknown := self.autoencoder.keys() - taken:
-            raise ValueError(f"autoencoder has no {unknown.pop()}; there are {', '.join(taken)}")
+        if unknown := sorted(self.autoencoder.keys() - taken):
+            there = ", ".join(sorted(taken))
+            raise ValueError(f"autoencoder has no {unknown[0]}; there are {there}")
 
     def fad_alone(self) -> Evaluator:
         """The same without the metrics for which validation images may be too few."""

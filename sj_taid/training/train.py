@@ -17,7 +17,7 @@ from ..calibration import calibrate
 from ..pretrained import start_from
 from .callbacks import History, RandomNumbers, Stopwatch
 from .checkpoint import AtomicCheckpointIO, checkpoint_callbacks, read_checkpoint
-from .config import merge, run_folder
+from .config import merge
 from .evaluate import measure_run
 from .messages import closing_lines, explain_resuming, show_metrics
 from .parts import Parts, build_parts
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 def main(cfg: DictConfig) -> float | None:
     """Train the job that Hydra composed, unless it is finished; returns the objective's value."""
-    run = Run(run_folder(cfg.resume, HydraConfig.get().runtime.output_dir))
+    run = Run(HydraConfig.get().runtime.output_dir)
     with run.lock(), explain_resuming(run):
         origin = command_line("train", run.origin if cfg.resume else None)
         if cfg.resume:
