@@ -2,20 +2,11 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .._internal.checks import check_sizes
 from .block import check_images, encoder_shape
-
-
-class AutoencoderOutput(NamedTuple):
-    """Output of the autoencoder."""
-
-    image: Tensor  #: ``[N, C, H, W]`` in [-1, 1]
-    code: Tensor  #: ``[N, latent]``
 
 
 class Autoencoder(nn.Module):
@@ -39,8 +30,8 @@ class Autoencoder(nn.Module):
 
     >>> import torch
     >>> autoencoder = Autoencoder(1, 16, (8, 16), 10)
-    >>> output = autoencoder(torch.rand(3, 1, 16, 16))
-    >>> output.image.shape, output.code.shape
+    >>> images = torch.rand(3, 1, 16, 16)
+    >>> autoencoder(images).shape, autoencoder.encode(images).shape
     (torch.Size([3, 1, 16, 16]), torch.Size([3, 10]))
     """
 
@@ -80,12 +71,6 @@ class Autoencoder(nn.Module):
         check_images(self, image)
         return self.encoder(image)
 
-    def forward(self, image: Tensor) -> AutoencoderOutput:
+    def forward(self, image: Tensor) -> Tensor:
         """Reconstruct ``image`` ``[N, C, H, W]`` in [-1, 1]."""
-        code = self.encode(image)
-        return AutoencoderOutput(self.decoder(code), code)
-
-    def training_loss(self, image: Tensor, progress: float = 0.0) -> dict[str, Tensor]:
-        """The squared error, as ``loss``; ``progress`` changes nothing."""
-        reconstruction = F.mse_loss(self(image).image, image)
-        return {"loss": reconstruction, "reconstruction": reconstruction}
+        return self.decoder(self.encode(image))

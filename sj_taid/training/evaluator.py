@@ -12,6 +12,7 @@ from typing import Any, Literal, get_type_hints
 import torch
 from pydantic import PositiveInt
 from torch import Tensor
+from torch.nn import functional as F
 from torchmetrics import MetricCollection
 from torchmetrics.wrappers import FeatureShare
 
@@ -195,7 +196,7 @@ class Evaluator:
         make = partial(Autoencoder, data.channels, data.image_size, *widths)
 
         def loss(network: Any, images: Tensor, labels: Tensor) -> Tensor:
-            return network.training_loss(images)["loss"]
+            return F.mse_loss(network(images), images)
 
         fit = partial(fit_once, self.cache_dir, "autoencoder", make, loss, data)
         return AutoencoderCodes(fit(**training, device=self.device))

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .._internal.context import seeded
 from ..data import ImageData
@@ -21,7 +22,7 @@ from .compare import are_alike
 from .evaluator import Evaluator
 from .loss import FeatureLoss
 from .plot import draw_attention, draw_classes, draw_grid, draw_reconstructions
-from .task import Autoencoding
+from .task import Task
 
 log = logging.getLogger(__name__)
 
@@ -29,8 +30,11 @@ log = logging.getLogger(__name__)
 ENOUGH_OF_A_CLASS = 50
 
 
-class Generation(Autoencoding):
-    """Autoencoding by a model that also has ``sample(n)``, whose samples are measured and drawn.
+class Generation(Task):
+    """Training of an autoencoder that samples: by its own ``training_loss(image, progress)``.
+
+    That gives ``loss`` and its terms, and ``image``, the reconstruction. Called with images, the
+    model returns an object with ``image``, too, and ``sample(n)`` gives new images.
 
     Args:
         args, kwargs: the arguments of :class:`~sj_taid.training.task.Task`.
@@ -42,7 +46,8 @@ class Generation(Autoencoding):
         ValueError: ``prior_lr_scale`` for a model without a learned prior.
     """
 
-    model_attributes: tuple[str, ...] = ("training_loss", "sample")
+    takes = ImageData
+    model_attributes = ("training_loss", "sample")
     objectives = ("reconstruction", "fad", "fad_published", "fid", "inception_score")
 
     def __init__(
@@ -81,10 +86,6 @@ class Generation(Autoencoding):
 
     def before_training(self, data: ImageData, evaluator: Evaluator | None) -> None:
         # What may fail at the end of the training is tried here.
-        if evaluator is None:
-            raise ValueError(
-                "task=generation measures its samples: choose a metric=, or task=autoencoding"
-            )
         if self.flow:
             check_enough(len(data.train_set))
             counts = Counter(self.labels(data)).values()
@@ -95,7 +96,9 @@ class Generation(Autoencoding):
                     *(fewest, ENOUGH_OF_A_CLASS),
                 )
         if self.feature_loss:
-            self.feature_loss.prepare(data, evaluator.cache_dir)
+            self.feature_loss.prepare(data)
+        if evaluator is None:
+            return
         if (count := len(data.test_set)) < evaluator.needed:
             log.warning(
                 "FAD needs %d test images, but there are %d, so it is left out; metric=small takes "
@@ -106,16 +109,39 @@ class Generation(Autoencoding):
         if data.validation_set is not None:
             evaluator.fad_alone().prepare(data.test_on_validation())
 
+    def setup(self, stage: str) -> None:
+        if self.trainer.precision in ("16-true", "bf16-true", "64-true"):
+            raise ValueError(
+                f"trainer.precision={self.trainer.precision} has no 32-bit weights, in which alone "
+                "images are measured and drawn; choose trainer.precision=bf16-mixed, or 16-mixed"
+            )
+
     def on_train_start(self) -> None:
         if self.flow:
             self.flow.clear()  # a resumed run's was fitted to an earlier encoder
 
-    def losses(self, image: Tensor) -> dict[str, Tensor]:
-        losses = super().losses(image)
+    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
+        image, _ = batch
+        epochs = max((self.trainer.max_epochs or 1) - 1, 1)
+        progress = min(self.current_epoch / epochs, 1.0)  # 0 in the first epoch, 1 in the last
+        losses = self.model.training_loss(image, progress)
+        loss, reconstruction = losses.pop("loss"), losses.pop("image")
         if self.feature_loss:
-            losses["features"] = self.feature_loss(losses["image"], image)
-            losses["loss"] = losses["loss"] + losses["features"]
-        return losses
+            losses["features"] = self.feature_loss(reconstruction, image)
+            loss = loss + losses["features"]
+        for name, part in losses.items():
+            self.log_mean(f"train/{name}", part)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
+        self._log_reconstruction("val", batch)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
+        self._log_reconstruction("test", batch)
+
+    def _log_reconstruction(self, stage: str, batch: tuple[Tensor, Tensor]) -> None:
+        image, _ = batch
+        self.log_mean(f"{stage}/reconstruction", F.mse_loss(self.model(image).image, image))
 
     def fit_prior(self, data: ImageData) -> None:
         """Fit ESVAE's flow to the training images, and to their labels if any.
@@ -129,21 +155,31 @@ class Generation(Autoencoding):
                 images = (image.to(self.device) for image, _ in batches)
                 self.model.fit_prior(images, self.labels(data), data.mirrors)
 
-    def evaluate(self, data: ImageData, evaluator: Any) -> dict[str, Any]:
+    def evaluate(self, data: ImageData, evaluator: Evaluator | None) -> dict[str, Any]:
+        how = "mean squared error, images in [-1, 1], "
+        exact = ", exact spike counts" if isinstance(self.model, ESVAE) else ""
+        tested = how + data.describe_test_set() + self.describe_limit("test")
+        protocol = {"reconstruction": tested + exact}
+        if data.validation_set is not None:
+            validated = how + data.test_on_validation().describe_test_set()
+            validated += self.describe_limit("val")
+            protocol["validation_reconstruction"] = validated + exact
+        metrics = {} if evaluator is None else self._measure_samples(data, evaluator)
+        return metrics | {"protocol": protocol | metrics.get("protocol", {})}
+
+    def _measure_samples(self, data: ImageData, evaluator: Evaluator) -> dict[str, Any]:
         model = self.model
         metrics = evaluator.evaluate_samples(model, data)
+        protocol = metrics["protocol"]
         with seeded(evaluator.seed):
             metrics["sample_variance"] = float(model.sample(64).var(0).mean())
         if are_alike(metrics):  # one image, near which there is a real one or not
             for name in ("fad_precision", "fad_recall"):
                 metrics.pop(name, None)
-        exact = ", exact spike counts" if isinstance(model, ESVAE) else ""
-        reconstructed = super().evaluate(data, evaluator)["protocol"].items()
-        metrics["protocol"] |= {name: how + exact for name, how in reconstructed}
         if data.validation_set is not None:
             validated = evaluator.fad_alone().evaluate_samples(model, data.test_on_validation())
             metrics["validation_fad"] = validated["fad"]
-            metrics["protocol"]["validation_fad"] = validated["protocol"]["fad"]
+            protocol["validation_fad"] = validated["protocol"]["fad"]
         if isinstance(model, ESVAE):
             metrics["prior"] = model.sample_from
         if self.flow:
@@ -151,7 +187,7 @@ class Generation(Autoencoding):
                 others = evaluator.evaluate_samples(model, data)
             for name, how in others["protocol"].items():
                 metrics[f"{name}_learned"] = others[name]
-                metrics["protocol"][f"{name}_learned"] = f"{how}, drawn from the prior learned"
+                protocol[f"{name}_learned"] = f"{how}, drawn from the prior learned"
         return metrics
 
     @torch.no_grad()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._internal.checks import SHARE, check, check_not_negative, check_sizes
+from .._internal.checks import SHARE, check, check_not_negative, check_sizes, expand_home
 from ..data import ImageData
 from .cache import fit_once
 
@@ -83,6 +83,7 @@ class FeatureLoss(nn.Module):
     Args:
         channels, classes: of the data set.
         weight: of the loss.
+        cache_dir: folder of the trained classifier.
 
     Raises:
         ValueError: a weight below 0, or a data set without classes.
@@ -90,14 +91,21 @@ class FeatureLoss(nn.Module):
     Source: Johnson et al. 2016, arXiv 1603.08155.
     """
 
-    def __init__(self, channels: int, classes: int, weight: float = 0.3) -> None:
+    def __init__(
+        self,
+        channels: int,
+        classes: int,
+        weight: float = 0.3,
+        cache_dir: str | Path = "~/.cache/sj-taid",
+    ) -> None:
         super().__init__()
         check_sizes(channels=channels, classes=classes)  # a data set without labels has None
         check_not_negative(weight=weight)
         self.channels, self.classes, self.weight = channels, classes, weight
+        self.cache_dir = expand_home(cache_dir)
         self.blocks = _blocks(channels).requires_grad_(False)
 
-    def prepare(self, data: ImageData, cache_dir: Path) -> None:
+    def prepare(self, data: ImageData) -> None:
         """Train the classifier, or load the one that was trained in an earlier run."""
 
         def make() -> nn.Sequential:
@@ -108,7 +116,7 @@ class FeatureLoss(nn.Module):
             return F.cross_entropy(network(images), labels)
 
         training: dict[str, Any] = {"lr": 2e-3, "epochs": 3, "batch_size": 64, "seed": 0}
-        classifier = fit_once(cache_dir, "classifier", make, loss, data, **training)
+        classifier = fit_once(self.cache_dir, "classifier", make, loss, data, **training)
         self.blocks.load_state_dict(classifier[0].state_dict())
 
     def forward(self, output: Tensor, image: Tensor) -> Tensor:

@@ -52,6 +52,6 @@ def closing_lines(run: Run) -> str:
     lines = [f"Picture: {path}" for path in pictures if path.is_file()][:1]
     lines.append(f"Metrics: {folder / METRICS}")
     if run.checkpoint.is_file():
-        command = "sample" if run.config.get("metric") else "evaluate"
+        command = "evaluate" if "loss" in run.config.task else "sample"
         lines.append(f"Next:    sj-taid {command} {argument('checkpoint', folder)}")
     return "\n".join(lines)

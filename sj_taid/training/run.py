@@ -45,6 +45,7 @@ RESUME_MAY_CHANGE = (
     "objective",
     "trust",
     "cache_dir",
+    "feature_loss.cache_dir",
     "dataset.root",
     "dataset.test_root",
     "dataset.download",

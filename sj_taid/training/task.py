@@ -1,4 +1,4 @@
-"""LightningModules with hooks for measuring and drawing: the base of all, and autoencoding."""
+"""The LightningModule that all trainings share, with hooks for measuring and drawing."""
 
 from __future__ import annotations
 
@@ -10,15 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ..calibration import fixed_thresholds
-from ..data import Data, ImageData
+from ..data import Data
 from ..optim import parameter_groups
 from .checkpoint import load_weights
-from .plot import draw_reconstructions
 
 if TYPE_CHECKING:
     from .evaluator import Evaluator
@@ -158,59 +156,3 @@ class Task(L.LightningModule):
         """Log the mean over an epoch; the bar shows one name in training and validation."""
         shown = name.endswith(f"/{self.chosen_by or 'reconstruction'}")
         self.log(name, value, prog_bar=shown, on_step=False, on_epoch=True, sync_dist=True)
-
-
-class Autoencoding(Task):
-    """Training by the model's own ``training_loss(image, progress)``.
-
-    It gives ``loss`` and its terms, and may give ``image``, the reconstruction. Called with images,
-    the model returns an object with ``image``, too.
-    """
-
-    takes = ImageData
-    model_attributes: tuple[str, ...] = ("training_loss",)
-    objectives: tuple[str, ...] = ("reconstruction",)
-
-    def setup(self, stage: str) -> None:
-        if self.trainer.precision in ("16-true", "bf16-true", "64-true"):
-            raise ValueError(
-                f"trainer.precision={self.trainer.precision} has no 32-bit weights, in which alone "
-                "images are measured and drawn; choose trainer.precision=bf16-mixed, or 16-mixed"
-            )
-
-    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
-        image, _ = batch
-        losses = self.losses(image)
-        losses.pop("image", None)
-        loss = losses.pop("loss")
-        for name, part in losses.items():
-            self.log_mean(f"train/{name}", part)
-        return loss
-
-    def losses(self, image: Tensor) -> dict[str, Tensor]:
-        """``loss`` and what is logged next to it, for images ``[N, C, H, W]``."""
-        epochs = max((self.trainer.max_epochs or 1) - 1, 1)
-        progress = min(self.current_epoch / epochs, 1.0)  # 0 in the first epoch, 1 in the last
-        return self.model.training_loss(image, progress)
-
-    def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
-        self._log_reconstruction("val", batch)
-
-    def test_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
-        self._log_reconstruction("test", batch)
-
-    def evaluate(self, data: ImageData, evaluator: Any) -> dict[str, Any]:
-        how = "mean squared error, images in [-1, 1], "
-        tested = how + data.describe_test_set() + self.describe_limit("test")
-        protocol = {"reconstruction": tested}
-        if data.validation_set is not None:
-            validated = data.test_on_validation().describe_test_set() + self.describe_limit("val")
-            protocol["validation_reconstruction"] = how + validated
-        return {"protocol": protocol}
-
-    def draw(self, images: Tensor, folder: Path) -> None:
-        draw_reconstructions(images, self.model(images).image, folder / "reconstructions.png")
-
-    def _log_reconstruction(self, stage: str, batch: tuple[Tensor, Tensor]) -> None:
-        image, _ = batch
-        self.log_mean(f"{stage}/reconstruction", F.mse_loss(self.model(image).image, image))

@@ -34,18 +34,23 @@ TINY_TRAINER = [
     "pictures=false",  # which take most of such a run
 ]
 
-TINY = [
+TINY_FSVAE = [
     "model=fsvae_small",
     "model.T=3",
     "model.hidden_channels=[4,6]",
     "model.latent_channels=5",
     "model.k=3",
     "dataset.image_size=8",
+    *TINY_TRAINER,
+]
+#: whose samples are not measured
+UNMEASURED = [*TINY_FSVAE, "~metric"]
+TINY = [
+    *TINY_FSVAE,
     "metric.samples=8",
     "metric.autoencoder.hidden_channels=[4]",
     "metric.autoencoder.latent_channels=3",
     "metric.autoencoder.epochs=1",
-    *TINY_TRAINER,
 ]
 
 # Trained so far that the images depend on the latent.
@@ -57,14 +62,6 @@ TINY_ESVAE = [
     "dataset.batch_size=64",
     "trainer.limit_train_batches=22",
     "optimizer.lr=1e-2",
-]
-
-TINY_AUTOENCODING = [
-    "task=autoencoding",
-    "model.hidden_channels=[4,6]",
-    "model.latent_channels=5",
-    "dataset.image_size=8",
-    *TINY_TRAINER,
 ]
 
 TINY_CLASSIFICATION = [

@@ -16,14 +16,14 @@ from torch._utils import ExceptionWrapper
 
 from sj_taid.__main__ import COMMANDS
 from sj_taid.training import cli, config, run
-from tests.training.conftest import TINY_AUTOENCODING
+from tests.training.conftest import UNMEASURED
 
 
 @pytest.fixture
 def train(sj_taid, tmp_path):
     quiet = ["hydra/job_logging=none", "hydra/hydra_logging=none"]
     folder = f"hydra.run.dir={tmp_path / 'run'}"
-    return lambda *more: sj_taid("train", *TINY_AUTOENCODING, *quiet, folder, *more)
+    return lambda *more: sj_taid("train", *UNMEASURED, *quiet, folder, *more)
 
 
 def test_cli_usage(sj_taid, capsys):
@@ -196,7 +196,7 @@ def test_interrupted_runs_resume_with_their_custom_configs(train, sj_taid, tmp_p
 
 
 def test_resume_refuses_what_the_run_does_not_have(trained, sj_taid):
-    folder = trained(*TINY_AUTOENCODING)
+    folder = trained(*UNMEASURED)
     before = run.Run(folder).config
     for choice, message in (
         ("experiment=fsvae", "as it is, without experiment=; leave it out, or start a new run"),
@@ -225,7 +225,7 @@ def test_run_without_a_terminal_speaks(train, caplog):
     caplog.set_level("INFO")
     train("trainer.max_epochs=2")
     said = [line for line in caplog.messages if line.startswith(("Training", "Epoch"))]
-    assert re.match(r"Training Autoencoder on digits, \d+ samples, by cpu in .*run$", said[0])
+    assert re.match(r"Training FSVAE on digits, \d+ samples, by cpu in .*run$", said[0])
     assert [line[:12] for line in said[1:]] == ["Epoch 1 of 2", "Epoch 2 of 2"]
     assert all(" val/reconstruction " in line for line in said[1:])
     caplog.clear()

@@ -7,14 +7,14 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sj_taid.training.train import train
-from tests.training.conftest import TINY_AUTOENCODING, TINY_CLASSIFICATION
+from tests.training.conftest import TINY_CLASSIFICATION, UNMEASURED
 
 
 @pytest.mark.slow
 def test_mlflow_has_config_and_metrics(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    metrics = train(tiny(*TINY_AUTOENCODING, "logger=mlflow", tiny=False), tmp_path)
+    metrics = train(tiny(*UNMEASURED, "logger=mlflow", tiny=False), tmp_path)
     with sqlite3.connect("mlflow.db") as store:
         rates = store.execute("SELECT value FROM params WHERE key='optimizer/lr'").fetchall()
         saved = store.execute("SELECT value FROM metrics WHERE key='reconstruction'").fetchall()
@@ -24,7 +24,7 @@ def test_mlflow_has_config_and_metrics(tiny, tmp_path, monkeypatch):
 
 def test_resumed_run_has_config_and_metrics_in_a_csv_log_of_its_own(tiny, tmp_path):
     def fit(epochs):
-        choices = [*TINY_AUTOENCODING, "logger=csv", f"trainer.max_epochs={epochs}"]
+        choices = [*UNMEASURED, "logger=csv", f"trainer.max_epochs={epochs}"]
         return train(tiny(*choices, tiny=False), tmp_path)
 
     fit(2)
@@ -57,7 +57,7 @@ def test_tensorboard_has_each_layers_state_and_pictures(trained):
 def test_wandb_has_a_run_for_each_job_of_a_sweep(sj_taid, cache, tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    options = [*TINY_AUTOENCODING, f"cache_dir={cache}", f"hydra.sweep.dir={tmp_path}"]
+    options = [*UNMEASURED, f"cache_dir={cache}", f"hydra.sweep.dir={tmp_path}"]
     sj_taid("train", "-m", "logger=wandb", "seed=0,1", *options)
     assert len(list(tmp_path.glob("*/wandb/offline-run-*/*.wandb"))) == 2
     assert wandb.run is None

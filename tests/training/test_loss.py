@@ -81,14 +81,14 @@ def digits(tiny):
 
 def test_classifier_learns_and_is_cached(digits, tmp_path, caplog):
     caplog.set_level("INFO")
-    first, second = FeatureLoss(1, 10), FeatureLoss(1, 10)
+    first, second = (FeatureLoss(1, 10, cache_dir=tmp_path) for _ in range(2))
     torch.manual_seed(7)
-    first.prepare(digits, tmp_path)
+    first.prepare(digits)
     drawn = torch.rand(3)
     assert float(caplog.messages[-1].split()[-1]) < 0.5, caplog.messages
     trained = first.state_dict()
     torch.manual_seed(7)
-    second.prepare(digits, tmp_path)
+    second.prepare(digits)
     assert torch.equal(torch.rand(3), drawn)  # cached or not, a run draws the same
     assert len([text for text in caplog.messages if "classifier is in" in text]) == 1
     torch.testing.assert_close(second.state_dict(), trained, rtol=0, atol=0)

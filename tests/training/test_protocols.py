@@ -14,8 +14,8 @@ from sj_taid.training.config import compose
 from sj_taid.training.evaluate import evaluate
 from sj_taid.training.train import train
 from tests.training.conftest import (
-    TINY_AUTOENCODING,
     TINY_CLASSIFICATION,
+    UNMEASURED,
     Network,
     assert_same_weights,
     weights,
@@ -153,7 +153,7 @@ def test_best_validation_epoch_survives_a_kill(job, spoiled, tmp_path):
 
 
 def test_validation_set_is_for_classifiers_by_default(tiny):
-    for task, share in (("generation", None), ("autoencoding", None), ("classification", 0.1)):
+    for task, share in (("generation", None), ("classification", 0.1)):
         assert tiny(f"task={task}", tiny=False).dataset.validation == share
 
 
@@ -174,14 +174,14 @@ def test_generator_is_measured_on_validation_images_by_fad_alone(tiny, tmp_path,
     assert not run.Run(tmp_path).best.exists()
 
 
-def test_autoencoder_is_measured_and_drawn_on_validation_images(tiny, tmp_path):
+def test_generator_whose_samples_are_not_measured_is_drawn(tiny, tmp_path):
     monitor = "+callbacks.lr._target_=lightning.pytorch.callbacks.LearningRateMonitor"
     options = [monitor, "pictures=true", "dataset.validation=0.1"]
-    metrics = train(tiny(*TINY_AUTOENCODING, *options, tiny=False), tmp_path)
+    metrics = train(tiny(*UNMEASURED, *options, tiny=False), tmp_path)
     (epoch,) = read_checkpoint(run.Run(tmp_path).checkpoint)["callbacks"]["History"]["epochs"]
     assert epoch and all(name.startswith(("train/", "val/")) for name in epoch)
     pictures = {path.name for path in tmp_path.glob("*.png")}
-    assert pictures == {"reconstructions.png", "curves.png"} and "fad" not in metrics
+    assert {"reconstructions.png", "curves.png", "samples.png"} < pictures and "fad" not in metrics
     assert metrics["validation_reconstruction"] > 0
     cut = ", stopped by trainer.limit_{}_batches=1"
     assert metrics["protocol"]["reconstruction"].endswith(cut.format("test"))

@@ -16,7 +16,7 @@ from sj_taid.training.checkpoint import read_checkpoint
 from sj_taid.training.config import argument, compose
 from sj_taid.training.parts import complete
 from sj_taid.training.train import train
-from tests.training.conftest import CONF, TINY, TINY_AUTOENCODING, exit_code, write_images
+from tests.training.conftest import CONF, TINY, UNMEASURED, exit_code, write_images
 
 PICTURES = [
     f"{name}.png" for name in ("samples", "reconstructions", "parameters", "attention", "curves")
@@ -55,27 +55,27 @@ def test_train_command_leaves_everything_and_can_be_sampled(tmp_path, cache, sj_
 
 
 @pytest.fixture
-def autoencoding(tiny):
-    return lambda *overrides: tiny(*TINY_AUTOENCODING, *overrides, tiny=False)
+def unmeasured(tiny):
+    return lambda *overrides: tiny(*UNMEASURED, *overrides, tiny=False)
 
 
-def test_train_with_a_scheduler_of_torch(autoencoding, tmp_path):
+def test_train_with_a_scheduler_of_torch(unmeasured, tmp_path):
     scheduler = "{_target_: torch.optim.lr_scheduler.StepLR, _partial_: true, step_size: 1}"
-    train(autoencoding(f"task.scheduler={scheduler}", "trainer.max_epochs=2"), tmp_path)
+    train(unmeasured(f"task.scheduler={scheduler}", "trainer.max_epochs=2"), tmp_path)
     (state,) = read_checkpoint(run.Run(tmp_path).checkpoint)["lr_schedulers"]
     assert state["_last_lr"] == [pytest.approx(1e-5)]
 
 
-def test_train_for_a_time_and_keep_every_epoch(autoencoding, tmp_path):
+def test_train_for_a_time_and_keep_every_epoch(unmeasured, tmp_path):
     every = "{_target_: lightning.pytorch.callbacks.ModelCheckpoint, save_top_k: -1}"
     options = ["+trainer.max_time=00:00:00:02", f"+callbacks.every={every}"]
-    metrics = train(autoencoding("trainer.max_epochs=1000", *options), tmp_path)
+    metrics = train(unmeasured("trainer.max_epochs=1000", *options), tmp_path)
     assert 0 < metrics["epochs"] < 1000
     assert len([*tmp_path.rglob("*.ckpt")]) >= metrics["epochs"] + 1
 
 
-def test_train_goes_on_within_the_epoch_that_max_steps_ended(autoencoding, tmp_path):
-    steps = [autoencoding("trainer.max_epochs=3", f"+trainer.max_steps={n}") for n in (3, 6)]
+def test_train_goes_on_within_the_epoch_that_max_steps_ended(unmeasured, tmp_path):
+    steps = [unmeasured("trainer.max_epochs=3", f"+trainer.max_steps={n}") for n in (3, 6)]
     train(steps[0], tmp_path)
     assert train(steps[1], tmp_path)["epochs"] == 3
     assert read_checkpoint(run.Run(tmp_path).checkpoint)["global_step"] == 6
@@ -128,12 +128,12 @@ def test_compose_starts_fsvae_at_the_originals_neuron(tiny):
     assert cfg.surrogate_function._target_.endswith("Rect")
 
 
-def test_train_fetches_data_before_reading(autoencoding, tmp_path, monkeypatch):
+def test_train_fetches_data_before_reading(unmeasured, tmp_path, monkeypatch):
     order = []
     monkeypatch.setattr(Digits, "prepare_data", lambda self: order.append("prepared"))
     load = Digits.load
     monkeypatch.setattr(Digits, "load", lambda self: order.append("loaded") or load(self))
-    train(autoencoding(), tmp_path)
+    train(unmeasured(), tmp_path)
     assert order[:2] == ["prepared", "loaded"] and order.count("loaded") == 1
 
 
@@ -201,12 +201,12 @@ def test_interrupted_run_resumes_in_its_folder_with_its_choices(
     assert "finished already" in capsys.readouterr().out and there.metrics == metrics
 
 
-def test_damaged_checkpoint_is_refused_before_anything_is_written(trained, autoencoding):
-    there = run.Run(trained(*TINY_AUTOENCODING))
+def test_damaged_checkpoint_is_refused_before_anything_is_written(trained, unmeasured):
+    there = run.Run(trained(*UNMEASURED))
     there.checkpoint.write_bytes(b"PK half a checkpoint")
     metrics = there.metrics
     with pytest.raises(ValueError, match=r"last\.ckpt is not a whole checkpoint"):
-        train(autoencoding("trainer.max_epochs=2"), there.folder)
+        train(unmeasured("trainer.max_epochs=2"), there.folder)
     assert there.metrics == metrics and there.config.trainer.max_epochs == 1
 
 
@@ -240,8 +240,8 @@ def test_classes_are_counted_for_all_that_learn_from_labels(tmp_path):
         ("objective=fadd", "objective=fadd is none of reconstruction"),
         ("pictures=maybe", "^pictures: input should be a valid boolean, but it is 'maybe'"),
         ("compile=maybe", "^compile: input should be a valid boolean; .* an object, but it is"),
-        ("task=autoencoding compile={mode:banana}", "^compile=.* is not .*Unrecognized mode="),
-        ("task=autoencoding compile={banana:1}", "^compile=.* is not .* argument 'banana'"),
+        ("~metric compile={mode:banana}", "^compile=.* is not .*Unrecognized mode="),
+        ("~metric compile={banana:1}", "^compile=.* is not .* argument 'banana'"),
         ("accelerate=null", "^accelerate: input should be a valid boolean, but it is None"),
         ("optimizer.lr=1e30", r"^optimizer\.lr: input should be less than or equal to 1000"),
         ("optimizer.lr=inf", r"^optimizer\.lr: input should be a finite number, but it is inf"),
@@ -268,7 +268,7 @@ def test_classes_are_counted_for_all_that_learn_from_labels(tmp_path):
             "+callbacks.progress_bar.refresh_rate=x",
             r"^callbacks\.progress_bar\.refresh_rate: input",
         ),
-        ("task=autoencoding ~logger trainer.precision=bf16-true", "bf16-true has no 32-bit"),
+        ("~metric ~logger trainer.precision=bf16-true", "bf16-true has no 32-bit"),
         ("+trainer.plugins=[]", r"^trainer\.plugins is set by the run; leave it out"),
         (f"{CLASSIFIER} model.classes=3", r"^model\.classes=3, but dataset\.classes is 10; leave"),
         (f"{CLASSIFIER} decoder=taid", "makes no images, which decoder= is for; leave it out"),
