@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
-import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -36,9 +34,6 @@ from .ops import backends
 from .ops.alif.reference import state_dtype
 from .ops.surrogate import counts
 from .state import name_neurons
-
-#: Beginnings of the names under which torch keeps a module's hooks.
-_HOOKS = ("_forward", "_backward", "_is_full_backward")
 
 
 @dataclass(frozen=True)
@@ -81,8 +76,8 @@ def swap_neurons(
     divides by tau and ALIF multiplies by :math:`\mathrm{sigmoid}(w)`. IF has no leak: its ``w`` is
     frozen where :math:`1/\tau` is 0, from where no gradient leads away.
 
-    The report says which neurons are kept and why. A module is exchanged in every module, list,
-    tuple and dict that has it as an attribute; a neuron that only such a list holds is not seen.
+    The report says which neurons are kept and why. Each one stays the same object, of another
+    class, so that whatever holds it has the ALIF. A neuron that only a list holds is not seen.
 
     Args:
         net: any module with SpikingJelly neurons, or of the classes in ``replace``.
@@ -125,7 +120,7 @@ def swap_neurons(
     new_of: dict[Site, Any] = {}
     notes: dict[Site, str] = {}
     for site in sites:
-        if type(site.node) in replace and site.path:
+        if type(site.node) in replace:
             new, notes[site] = _successor(site, replace[type(site.node)], new_of.values())
         else:
             new, notes[site] = _swapped(site, filter, options)
@@ -135,15 +130,16 @@ def swap_neurons(
         own = {site: new for site, new in new_of.items() if type(site.node) in replace}
         for site, note in compare(net, own, as_inputs(example)).items():
             notes[site] += f", {note}"
-    for site, new in new_of.items():  # after the last error, as the two share w
-        if isinstance(site.node, neuron.ParametricLIFNode) and type(site.node) not in replace:
-            new.w.requires_grad_(learn_tau and site.node.w.requires_grad)
-    _replace(net, {site.node: new for site, new in new_of.items()})
-    name_neurons(net)
+    done = {site: type(new).__name__ for site, new in new_of.items()}
+    rows = tuple(site.row(done.get(site, ""), notes[site]) for site in sites)
+    report = Report(rows, describe_single_steps(sites))
     compat.forget_reset_cache()
-    names = {site: type(new).__name__ for site, new in new_of.items()}
-    rows = tuple(site.row(names.get(site, ""), notes[site]) for site in sites)
-    return Report(rows, describe_single_steps(sites))
+    for site, new in new_of.items():  # after the last error
+        if isinstance(site.node, neuron.ParametricLIFNode) and type(site.node) not in replace:
+            new.w.requires_grad_(learn_tau and site.node.w.requires_grad)  # the two share w
+        _become(site.node, new)
+    name_neurons(net)
+    return report
 
 
 def _successor(site: Site, function: Any, others: Collection[Any]) -> tuple[Any, str]:
@@ -151,15 +147,16 @@ def _successor(site: Site, function: Any, others: Collection[Any]) -> tuple[Any,
 
     None of ``others``, which stand in other places.
     """
-    is_function = not isinstance(function, type | nn.Module)
+    is_function = callable(function) and not isinstance(function, type | nn.Module)
     new = function(site.node) if is_function else f"no function but {function!r:.60}"
-    if not isinstance(new, nn.Module) or new in others:
-        raise TypeError(
-            f"replace= must give a module of its own for each {type(site.node).__name__}, but for "
-            f"{site.path!r} it gave {new!r:.80}; write {{Class: lambda old: ALIFNode(...)}}"
-        )
     if new is site.node:
         return None, "kept by replace="
+    if not isinstance(new, nn.Module) or new in others or site.node in new.modules():
+        raise TypeError(
+            f"replace= must give a module of its own for each {type(site.node).__name__}, which "
+            f"does not hold the old one, but for {site.path!r} it gave {new!r:.80}; write "
+            "{Class: lambda old: ALIFNode(...)}"
+        )
     return new.to(site.device, site.dtype), "by replace="
 
 
@@ -193,53 +190,23 @@ def to_lif(net: nn.Module) -> nn.Module:
         raise ValueError(
             f"LIFNode cannot express {len(refused)} of the neurons:\n{table_of(refused)}"
         )
-    new_of = {site.node: _to_lif(site.node) for site in sites}
-    _replace(copied, new_of)
-    plain = new_of.get(copied, copied)  # a net may be one neuron
-    warn_of(notes_on_thresholds(plain))
-    return plain
+    for site in sites:
+        _become(site.node, _to_lif(site.node))
+    warn_of(notes_on_thresholds(copied))
+    return copied
 
 
-def _replace(net: nn.Module, new_of: Mapping[nn.Module, nn.Module]) -> None:
-    """Replace neurons of ``net`` by others, which take over their hooks."""
-    for old, new in new_of.items():
-        new.train(old.training)
-        for name, none in vars(nn.Module()).items():
-            if name.startswith(_HOOKS):
+def _become(old: nn.Module, new: nn.Module) -> None:
+    """Make ``old`` the module that ``new`` is, in every place that holds it; its hooks stay."""
+    new.train(old.training)
+    for name in vars(nn.Module()):
+        if "hook" in name and (hooks := getattr(old, name)) is not None:
+            if isinstance(hooks, dict):
                 # The old dictionaries themselves, so that handles to remove a hook still work.
-                hooks = getattr(old, name)
-                if isinstance(hooks, dict):
-                    hooks.update(getattr(new, name))
-                vars(new)[name], vars(old)[name] = hooks, none
-        if old not in new.modules():
-            old.register_forward_pre_hook(_warn_replaced)
-    for parent in [*net.modules()]:
-        for name, value in vars(parent).items():
-            vars(parent)[name] = _exchange_in(value, new_of)
-
-
-def _exchange_in(value: Any, new_of: Mapping[nn.Module, nn.Module]) -> Any:
-    """An attribute with its modules exchanged: a list or dict in place, else a new one."""
-    if isinstance(value, nn.Module):
-        return new_of.get(value, value)
-    if isinstance(value, dict):
-        value.update({key: _exchange_in(item, new_of) for key, item in value.items()})
-    elif isinstance(value, list | tuple):
-        items = [_exchange_in(item, new_of) for item in value]
-        if all(map(operator.is_, items, value)):
-            return value
-        if isinstance(value, tuple):
-            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-        value[:] = items
-    return value
-
-
-def _warn_replaced(module: nn.Module, inputs: Any) -> None:
-    warnings.warn(
-        f"a {type(module).__name__} runs that swap_neurons or to_lif has replaced: a closure or "
-        "an object that is no module still holds it; make it an attribute of a module",
-        stacklevel=5,
-    )
+                hooks.update(getattr(new, name))
+            vars(new)[name] = hooks
+    object.__setattr__(old, "__dict__", vars(new))
+    old.__class__ = type(new)
 
 
 def _swapped(site: Site, filter: Any, options: dict[str, Any]) -> tuple[Any, str]:
@@ -263,8 +230,6 @@ def _why_keep(site: Site, filter: Callable[[str, nn.Module], bool] | None) -> st
     node = site.node
     if isinstance(node, ALIFNode):
         return f"already ALIF; its backend stays {node.backend}: node.backend = ... chooses one"
-    if not site.path:
-        return "it is the net itself; put it in a module: nn.Sequential(net)"
     if compat.plain_kind(node) and filter is not None and not filter(site.path, node):
         return "declined by filter"
     if is_parametrized(node):

@@ -167,7 +167,6 @@ class _Count:
         return float(self.spikes) / float(self.steps) if self.steps else None
 
     def __call__(self, node: Any, inputs: Any, output: Tensor | Sequence[Tensor]) -> None:
-        self.node = node  # another has the hook after swap_neurons
         spikes = spikes_of(node, output).detach()
         # A neuron whose voltage is NaN fires no spike: NaN and infinity times 0 make the sum NaN.
         v = torch.as_tensor(node.v).detach().sum(dtype=torch.float64)

@@ -1,7 +1,6 @@
 """swap_neurons(net, replace=...): a net's own classes, in the idioms of published ones."""
 
 import copy
-import warnings
 from contextlib import nullcontext
 from functools import partial
 
@@ -364,16 +363,17 @@ def test_notes_of_what_is_kept_not_reached_or_shows_nothing():
 def test_what_is_no_successor_leaves_the_net():
     net = nn.Sequential(MultiSpike4(), neuron.LIFNode())
     for wrong in (None, ALIFNode):
-        with pytest.raises(TypeError, match=r"for each MultiSpike4, but for '0' it gave"):
+        with pytest.raises(TypeError, match=r"for each MultiSpike4, .* for '0' it gave"):
             swap_neurons(net, replace={MultiSpike4: lambda old, wrong=wrong: wrong})
     for kind in (MultiSpike, "MultiSpike4", nn.Module):
         with pytest.raises(ValueError, match="no module of exactly this class"):
             swap_neurons(net, replace={kind: MADE[MultiSpike4]})
-    one = MADE[MultiSpike4](None)
-    with pytest.raises(TypeError, match="a module of its own for each MultiSpike4, but for '1'"):
-        swap_neurons(
-            nn.Sequential(MultiSpike4(), MultiSpike4()), replace={MultiSpike4: lambda old: one}
-        )
+    one, both = MADE[MultiSpike4](None), nn.Sequential(MultiSpike4(), MultiSpike4())
+    for wrong, path in ((5, "0"), (lambda old: nn.Sequential(old), "0"), (lambda old: one, "1")):
+        message = f"a module of its own for each MultiSpike4, which .* but for '{path}' it gave"
+        with pytest.raises(TypeError, match=message):
+            swap_neurons(both, replace={MultiSpike4: wrong})
+    assert [type(module) for module in both] == [MultiSpike4, MultiSpike4]
     with pytest.raises(ValueError, match="example= compares the modules that replace= names"):
         swap_neurons(net, example=torch.rand(2, 3))
     with pytest.raises(TypeError, match="the example must be a tensor, or a tuple"):
@@ -390,50 +390,58 @@ def test_other_neurons_become_alif_and_a_class_of_spikingjellys_may_be_named():
     assert net[1] is lif and net[2].w is plif.w and net[2].w.requires_grad
 
 
-def test_a_module_is_exchanged_in_every_place():
-    one, other = MultiSpike4(), neuron.LIFNode(step_mode="m")
-    net = nn.ModuleDict({"a": one, "b": nn.Sequential(one, other)})
-    net.order = [one, nn.Linear(2, 2), other]
-    net.pair, net.by_name = (one, [other]), {"one": one}
-    order = net.order
-    report = swap_neurons(net, replace={MultiSpike4: MADE[MultiSpike4]})
-    assert [row.layer for row in report.rows] == ["a = b.0", "b.1"]
-    new, alif = net["a"], net["b"][1]
-    assert new is net["b"][0] is net.order[0] is net.pair[0] is net.by_name["one"]
-    assert alif is net.order[2] is net.pair[1][0] and isinstance(alif, ALIFNode)
-    assert order is net.order and type(net.order[1]) is nn.Linear
-
-
-def test_a_successor_takes_device_dtype_mode_and_hooks_and_may_hold_the_old_module():
-    class Around(nn.Module):
-        def __init__(self, inner):
+def test_a_successor_is_reset_and_may_hold_parts_of_the_old_module():
+    class Block(nn.Module):
+        def __init__(self):
             super().__init__()
-            self.inner, self.weight = inner, nn.Parameter(torch.ones(()))
+            self.linear, self.lif = nn.Linear(2, 2), neuron.LIFNode()
 
         def forward(self, x):
-            return self.inner(x) * self.weight
+            return self.lif(self.linear(x))
+
+    block = Block()
+    net = nn.Sequential(nn.Identity(), block, MultiSpike4())
+    net.by_name, weight = {"one": [block]}, block.linear.weight
+    functional.reset_net(net)  # which remembers what to reset
+    one = ALIFNode(v_threshold=0.1)
+    replace = {Block: lambda old: nn.Sequential(old.linear, old.lif), MultiSpike4: lambda old: one}
+    assert [row.layer for row in swap_neurons(net, replace=replace).rows] == ["1", "1.lif", "2"]
+    assert net[1] is block is net.by_name["one"][0] and block[0].weight is weight
+    net(torch.rand(1, 2))
+    assert type(block[1]) is type(net[2]) is ALIFNode
+    functional.reset_net(net)
+    assert block[1].v == net[2].v == 0.0
+
+
+def test_a_successor_takes_device_dtype_mode_and_hooks():
+    class Weighted(MultiSpike4):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(()))
+
+        def forward(self, x):
+            return super().forward(x) * self.weight
 
     calls = []
 
-    def around(old):
-        new = Around(old)
+    def weighted(old):
+        new = Weighted()
         new.register_forward_hook(lambda *_: calls.append("new"))
+        new.register_full_backward_hook(lambda *_: calls.append("new backward"))
         return new
 
     net = nn.Sequential(nn.Linear(3, 3).double(), MultiSpike4()).eval()
     handle = net[1].register_forward_hook(lambda *_: calls.append("old"))
     x = torch.randn(4, 3, dtype=torch.float64)
-    report = swap_neurons(net, replace={MultiSpike4: around}, example=x)
-    assert report.rows[0].done == "Around" and "equal" in report.rows[0].note
+    report = swap_neurons(net, replace={MultiSpike4: weighted}, example=x)
+    assert report.rows[0].done == "Weighted" and "equal" in report.rows[0].note
     assert net[1].weight.dtype == torch.float64 and not net[1].training
     calls.clear()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        net(x)
-    assert calls == ["old", "new"]
+    net(x).sum().backward()
+    assert calls == ["old", "new", "new backward"]
     handle.remove()
     net(x)
-    assert calls[2:] == ["new"]
+    assert calls[3:] == ["new"]
 
 
 @pytest.mark.parametrize("context", [nullcontext, torch.no_grad, torch.inference_mode])
