@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
-from ..acceleration.kept import Counts, Kept, Memory, keep, leave, run_saving
+from ..acceleration.kept import Kept, Memory, keep, leave
 from ..acceleration.norms import find_source, reader_of
+from ..acceleration.saving import Counts, run_saving
 from ..ops import backends
 from ..ops import surrogate as derivatives
 from ..ops.alif.autograd import apply_fused

@@ -99,9 +99,8 @@ push_hooks = torch._C._autograd._push_saved_tensors_default_hooks
 pop_hooks = torch._C._autograd._pop_saved_tensors_default_hooks
 
 
-def has_other_hooks() -> bool:
-    """Whether ``saved_tensors_hooks`` are open besides the hooks of :func:`record_saved`."""
-    hooks = saving_hooks()
+def are_others(hooks: Any) -> bool:
+    """Whether these ``saved_tensors_hooks`` are any but those of :func:`record_saved`."""
     return hooks is not None and getattr(hooks[0], "__module__", None) != __name__
 
 

@@ -17,9 +17,10 @@ from .._internal import compat, graph, neurons
 from .._internal.fused_neuron import Accelerated, FusedNeuron
 from ..neuron import ALIFNode
 from ..ops.alif.plan import Charge, Plans
-from . import sums as sums  # which adds the handlers of sums
-from .kept import Kept, run_saving
+from . import sums as sums  # which registers its handlers, and those of functions
+from .kept import Kept
 from .norms import normalize, place_of
+from .saving import run_saving
 
 
 class Exchanged(Accelerated):

@@ -17,7 +17,8 @@ from .._internal import graph
 from ..ops import backends, bits
 from ..ops.alif.plan import Dynamics, Plans, Spec
 from ..ops.bits import is_dense
-from .kept import Kept, Memory, Recipe, keep, unchanged
+from .kept import Kept, Memory, keep
+from .saving import Recipe, unchanged
 
 
 class Place:

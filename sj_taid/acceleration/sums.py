@@ -9,14 +9,17 @@ import torch
 from torch import Tensor
 
 from .._internal import graph
-from .kept import HANDLERS, Kept, Recipe, counts_of, describe, kept_in, peak_of, unchanged
+from .functions import peak_of
+from .kept import Kept, describe, handles, kept_in
+from .saving import Recipe, counts_of, unchanged
 
 #: Passes over the values that making a sum again may take: a norm takes three, and a term that
-#: stays in memory counts as much.
+#: stays in memory counts as three.
 _MOST_COST = 7
 _IN_PLACE = (Tensor.add_, Tensor.__iadd__)
 
 
+@handles(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, *_IN_PLACE)
 def _add(func: Any, args: Any, kwargs: Any) -> Any:
     kept = kept_in(args, kwargs, func)
     if kwargs or len(args) != 2 or not graph.allows_hooks():
@@ -31,18 +34,13 @@ def _add(func: Any, args: Any, kwargs: Any) -> Any:
     return result
 
 
-HANDLERS |= dict.fromkeys(
-    [torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, *_IN_PLACE], _add
-)
-
-
 def _sum_of(func: Any, args: tuple[Any, ...]) -> Recipe | None:
     """The recipe of a sum, taken before an addition in place changes a term.
 
     A tensor without a recipe is a term that stays in memory: one at most, since two take more than
     their sum, and none that may change, as one outside the graph.
     """
-    if not torch.is_grad_enabled() or graph.has_other_hooks():
+    if not torch.is_grad_enabled() or graph.are_others(graph.saving_hooks()):
         return None
     if not all(isinstance(t, Tensor) for t in args) or _layout(args[0]) != _layout(args[1]):
         return None
@@ -54,12 +52,12 @@ def _sum_of(func: Any, args: tuple[Any, ...]) -> Recipe | None:
             return None
         terms.append(term or _reference(tensor))
     first, second = terms
-    cost, references = first.cost + second.cost, first.references + second.references
-    if references > 1 or cost + 3 * references > _MOST_COST:
+    cost = first.cost + second.cost
+    if (first.reference and second.reference) or cost > _MOST_COST:
         return None
     make = partial(_add_again, first.make, second.make, len(first.saved))
-    saved = first.saved + second.saved
-    return Recipe(make, saved, None, cost, references, holds_others=True)
+    saved, reference = first.saved + second.saved, first.reference or second.reference
+    return Recipe(make, saved, None, cost, reference, holds_others=True)
 
 
 def _layout(tensor: Tensor) -> tuple[Any, ...]:
@@ -68,9 +66,9 @@ def _layout(tensor: Tensor) -> tuple[Any, ...]:
 
 def _reference(tensor: Tensor) -> Recipe:
     """A term that stays in memory."""
-    values = tensor.detach()
-    make = partial(unchanged, version=graph.version_of(values))
-    return Recipe(make, (values,), cost=0, references=1)
+    values, version = tensor.detach(), graph.version_of(tensor)
+    make = partial(unchanged, version=version)
+    return Recipe(make, (values,), cost=3, reference=(values, version))
 
 
 def _add_again(first: Any, second: Any, count: int, *saved: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import copy
 import gc
 import weakref
+from contextlib import nullcontext
 from operator import attrgetter
 
 import numpy as np
@@ -10,13 +11,13 @@ import pytest
 import torch
 from spikingjelly.activation_based import layer, neuron, surrogate
 from torch import nn
-from torch.autograd.graph import saved_tensors_hooks
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.nn import functional as F
 
 import sj_taid
 from sj_taid._internal import graph
 from sj_taid._internal.compat import FUNCTIONAL_STATES
-from sj_taid.acceleration import kept
+from sj_taid.acceleration import saving
 from tests.acceleration.alike import assert_same, robust, weighed
 
 OPTIONS = {"step_mode": "m", "surrogate_function": surrogate.ATan()}
@@ -72,7 +73,7 @@ def interrupted(function):
 def test_an_interrupt_leaves_the_hooks_that_were_open(read, after, monkeypatch):
     first, second = make(neuron.LIFNode(**OPTIONS), neuron.LIFNode(**OPTIONS))
     spikes = first(torch.rand(4, 2, 3, 5, 6, requires_grad=True) * 3)
-    home = kept if after == "partial" else graph
+    home = saving if after == "partial" else graph
     with saved_tensors_hooks(lambda t: t, lambda t: t):
         before = graph.saving_hooks()
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -82,13 +83,36 @@ def test_an_interrupt_leaves_the_hooks_that_were_open(read, after, monkeypatch):
     assert graph.saving_hooks() is None
 
 
-def without_counter(norm):
-    norm.num_batches_tracked = None
+#: hooks of others: what they save has the version of the tensor, or is a copy of version 0
+OTHERS = {
+    "none": nullcontext,
+    "identity": lambda: saved_tensors_hooks(lambda t: t, lambda t: t),
+    "save_on_cpu": save_on_cpu,
+    "copies": lambda: saved_tensors_hooks(lambda t: t.numpy().copy(), torch.from_numpy),
+}
 
 
-def averaged(norm):
-    """As ``load_state_dict(assign=True)`` of averaged weights leaves it."""
-    norm.num_batches_tracked = torch.tensor(2.5)
+@pytest.mark.parametrize("changes", [False, True])
+@pytest.mark.parametrize("inner", OTHERS.values(), ids=OTHERS)
+@pytest.mark.parametrize("outer", OTHERS.values(), ids=OTHERS)
+def test_others_hooks_open_after_a_sum_whose_term_has_changed_in_place(outer, inner, changes):
+    conv, head = (layer.Conv2d(3, 3, 3, padding=1, step_mode="m") for _ in range(2))
+    norm = layer.BatchNorm2d(3, step_mode="m")
+    plain = nn.ModuleList([conv, norm, neuron.LIFNode(**OPTIONS), head])
+    x = torch.randn(4, 2, 3, 5, 6)
+
+    def run(net):
+        conv, norm, node, head = net
+        shortcut = conv(x).mul_(1.5)
+        sums = norm(conv(x)) + shortcut, node(conv(x)) + shortcut
+        if changes:  # as torch allows, since no addition has saved it
+            shortcut.add_(1)
+        with outer(), inner():
+            loss = sum(head(s).square().mean() for s in sums)
+        loss.backward()
+        return [p.grad for p in net.parameters()]
+
+    assert_same(plain, run)
 
 
 #: counters of a norm's batches that people leave, as ``load_state_dict(assign=True)`` of averages
@@ -166,14 +190,16 @@ def test_numbers_of_any_kind_are_read_as_they_are_now(name, value):
     *path, last = name.split(".")
 
     def run(net):
-        owner, found = attrgetter(".".join(["0", *path]))(net), []
-        for number in (getattr(owner, last), value):
+        owner, found, own = attrgetter(".".join(["0", *path]))(net), [], copy.deepcopy(value)
+        for number in (getattr(owner, last), own, own):
             setattr(owner, last, number)
             leaf = x.clone().requires_grad_()
             spikes = net(leaf)
             spikes.sum().backward()
             net[0].reset()
             found += [spikes.detach() + 0, leaf.grad]
+            if isinstance(number, torch.Tensor):
+                number.mul_(1.5)
         return found
 
     assert_same(nn.Sequential(neuron.LIFNode(**OPTIONS)), run, rtol=1e-5, atol=1e-6)

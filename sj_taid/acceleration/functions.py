@@ -1,0 +1,287 @@
+"""What torch's functions do with kept tensors: each handler stands below what it handles."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from types import GetSetDescriptorType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .._internal import graph
+from .kept import (
+    Kept,
+    Memory,
+    describe,
+    expose,
+    fills_memory,
+    handles,
+    keep,
+    kept_in,
+    leave,
+    run,
+    run_plain,
+)
+from .saving import Counts, Recipe, counts_of, run_saving
+
+
+def _named(names: str) -> list[Any]:
+    """The functions of these names, as methods and in torch."""
+    homes = (Tensor, torch)
+    return [getattr(home, name) for name in names.split() for home in homes if hasattr(home, name)]
+
+
+def _attributes(names: str) -> list[Any]:
+    """The getters of a tensor's attributes."""
+    return [getattr(graph.TensorBase, name).__get__ for name in names.split()]
+
+
+_ALL_ATTRIBUTES = [n for n, a in vars(graph.TensorBase).items() if type(a) is GetSetDescriptorType]
+
+# ---- questions, which read and show no values ----------------------------------------------------
+
+
+@handles(
+    *_attributes(" ".join(_ALL_ATTRIBUTES)),  # but those below
+    *_named("size stride dim ndimension numel nelement storage_offset element_size get_device"),
+    *_named("is_floating_point is_complex is_contiguous is_inference is_signed is_tensor"),
+    *_named("type requires_grad_ __len__ is_set_to is_same_size"),
+    *(getattr(Tensor, name).__set__ for name in ("requires_grad", "grad")),
+)
+def _ask(func: Any, args: Any, kwargs: Any) -> Any:
+    return func(*args, **kwargs)
+
+
+# ---- views and copies ----------------------------------------------------------------------------
+
+
+@handles(
+    *_named("view reshape flatten unflatten transpose swapaxes swapdims permute t"),
+    *_named("squeeze unsqueeze detach narrow select chunk split tensor_split unbind"),
+    *_named("movedim moveaxis adjoint __getitem__ view_as reshape_as alias contiguous"),
+    *_named("clone to float half bfloat16"),
+    *_attributes("T mT H mH"),
+)
+def _view(func: Any, args: Any, kwargs: Any) -> Any:
+    """A view, a copy or a cast, which save no values for backward."""
+    result = func(*args, **kwargs)
+    whole = args[0] if args else None
+    if type(whole) is not Kept or result is whole:
+        return result
+    parts = result if isinstance(result, list | tuple) else [result]
+    for part in parts:
+        _describe_view(part, whole)
+    source = whole._source
+    place = None if source is None else _find_place(func, args, kwargs, result)
+    if place is not None:
+        if type(result) is not Kept:
+            keep(result, Memory(result), None)
+        result._source, result._place = source, place
+    elif source is not None and all(getattr(part, "_source", None) is None for part in parts):
+        source.note(func)
+    return result
+
+
+def _describe_view(result: Tensor, whole: Kept) -> None:
+    """Let a view of ``whole``, or a copy, know what it shows."""
+    memory, base, recipe = whole._memory, whole._base, whole._recipe
+    if not memory.is_known or type(result) is not Tensor or result.is_inference():
+        return
+    source, is_same = whole._source, result.dtype == whole.dtype
+    if whole.requires_grad and not result.requires_grad:  # detached: keeps no other tensor alive
+        source, recipe = None, None if recipe and recipe.holds_others else recipe
+    is_view = is_same and result._base is (whole if base is None else base)
+    if is_view or graph.shares_memory(result, whole):
+        memory.is_known &= is_same  # else other numbers in the same memory
+        if is_same:
+            keep(result, memory, recipe, source, version=whole._known_version)
+    elif recipe and whole.covers(whole):
+        if is_same and result.stride() == whole.stride() and fills_memory(whole):
+            keep(result, Memory(result), recipe)
+        else:
+            describe(result, (), counts_of(result, recipe.peak))
+
+
+def _find_place(func: Any, args: Any, kwargs: Any, result: Any) -> Any:
+    """Where in a norm's input the values of a view or copy lie, or ``None``."""
+    whole, *rest = args
+    if not (torch.is_grad_enabled() and isinstance(result, Tensor) and result.requires_grad):
+        return None
+    if result.dtype != whole.dtype or result.numel() != whole.numel():
+        return None
+    is_known = whole._memory.is_known and whole._version == whole._known_version
+    return whole._place.view(func, rest, kwargs) if is_known and whole._place else None
+
+
+# ---- what autograd does not see ------------------------------------------------------------------
+
+handles(
+    *(*_attributes("data real imag _base"), Tensor.data.__set__),  # type: ignore[attr-defined]
+    *(Tensor.data_ptr, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.share_memory_),
+    *(Tensor.untyped_storage, Tensor.storage, Tensor.__cuda_array_interface__.__get__),
+    *(Tensor.apply_, Tensor.map_, Tensor.map2_),
+)(expose)
+handles(Tensor.__repr__, Tensor.__format__)(run_plain)
+
+
+@handles(Tensor.__reduce_ex__)
+def _copy(func: Any, args: Any, kwargs: Any) -> Any:
+    """A shallow copy, which shares memory, or a pickle: those of a plain tensor."""
+    args[0]._memory.is_known = False
+    return run_plain(func, args, kwargs)
+
+
+@handles(Tensor.__deepcopy__)
+def _deepcopy(func: Any, args: Any, kwargs: Any) -> Any:
+    tensor, memo = args
+    values = leave(tensor).detach() if tensor.is_leaf else leave(tensor)
+    memo.setdefault(id(memo), []).append(values)  # or the next tensor may get its id
+    copied = values.__deepcopy__(memo).requires_grad_(tensor.requires_grad)
+    is_parameter = isinstance(tensor, nn.Parameter)
+    return nn.Parameter(copied, tensor.requires_grad) if is_parameter else copied
+
+
+# ---- gradients of a norm's output ----------------------------------------------------------------
+
+
+def _watch(tensors: Callable[[Any, Any], Any], func: Any, args: Any, kwargs: Any) -> Any:
+    """Take the gradient of ``tensors(args, kwargs)``."""
+    for tensor in kept_in([tensors(args, kwargs)], {}):
+        if tensor._place is not None:
+            tensor._source.watch()
+    return func(*args, **kwargs)
+
+
+#: who has ``grad_fn`` may register a hook
+handles(Tensor.register_hook, Tensor.retain_grad, *_attributes("grad_fn"))(
+    partial(_watch, lambda args, kwargs: args[0])
+)
+handles(torch.autograd.grad)(partial(_watch, lambda args, kwargs: args[1]))
+handles(torch.autograd.backward)(partial(_watch, lambda args, kwargs: kwargs.get("inputs")))
+handles(Tensor.backward)(
+    partial(_watch, lambda args, kwargs: kwargs.get("inputs", (*args, *[None] * 5)[4]))
+)
+
+# ---- operations whose results are counts ---------------------------------------------------------
+
+
+def peak_of(tensor: Any) -> int | None:
+    """An upper bound of values that are known to be whole numbers."""
+    recipe = tensor.recipe() if isinstance(tensor, Kept) else None
+    return recipe.peak if recipe else None
+
+
+def _peak_of_product(args: Any, kwargs: Any) -> int | None:
+    peaks: Any = [peak_of(factor) for factor in args]
+    return None if kwargs or len(peaks) != 2 or None in peaks else math.prod(peaks)
+
+
+@handles(*_named("cat concat stack"))
+def _join(func: Any, args: Any, kwargs: Any) -> Any:
+    is_plain = args and kwargs.keys() <= {"dim"}
+    peaks = [peak_of(tensor) for tensor in args[0]] if is_plain else []
+    return run(func, args, kwargs, None if None in peaks else max(peaks, default=None))  # type: ignore[type-var]
+
+
+@handles(Tensor.__rsub__)
+def _subtract(func: Any, args: Any, kwargs: Any) -> Any:
+    """``1 - spikes`` are spikes."""
+    is_complement = not kwargs and args[1:] == (1,) and peak_of(args[0]) == 1
+    return run(func, args, kwargs, 1 if is_complement else None)
+
+
+def _multiply(in_place: Any, func: Any, args: Any, kwargs: Any) -> Any:
+    """A product or a quotient, which may be counts times a constant."""
+    if kwargs or len(args) != 2 or type(args[1]) not in (int, float):
+        peak = _peak_of_product(args, kwargs) if in_place is Tensor.mul_ else None
+        return run(func, args, kwargs, peak)
+    whole, other = args
+    recipe: Any = whole.recipe() if type(whole) is Kept else None
+    if not (isinstance(recipe, Counts) and torch.is_grad_enabled() and fills_memory(whole)):
+        return run(func, args, kwargs)
+    dtype, strides = whole.dtype, whole.stride()
+    saved = recipe.saved_of(whole)  # before the multiplication, which may be in place
+    scaled = Recipe(partial(_scale, recipe.make, in_place, other), saved)
+    result = run_saving([whole], func, args, kwargs)
+    same = result.dtype == dtype and result.stride() == strides
+    describe(result, [whole], scaled if same else None)
+    return result
+
+
+def _scale(make: Callable[..., Tensor], in_place: Any, number: float, *saved: Tensor) -> Tensor:
+    return in_place(make(*saved), number)
+
+
+handles(*_named("mul multiply __mul__ __rmul__ mul_ __imul__"))(partial(_multiply, Tensor.mul_))
+handles(*_named("div divide __truediv__ div_ __itruediv__"))(partial(_multiply, Tensor.div_))
+
+
+def _pool(dimensions: int, keeps_values: bool, func: Any, args: Any, kwargs: Any) -> Any:
+    """A pooling, of whose input the shape alone is read in backward."""
+    if not args:
+        return run(func, args, kwargs)
+    dilation = args[4] if len(args) > 4 else kwargs.get("dilation", 1)
+    # A dilated window may lie in the padding, of which nothing is the greatest.
+    known = keeps_values and dilation in (1, (1,), (1, 1), (1, 1, 1))
+    plane = args[0].shape[-dimensions:].numel()
+    peak = peak_of(args[0]) if known else None
+    return run(func, args, kwargs, peak, partial(_recipe_of_pooled, plane))
+
+
+def _recipe_of_pooled(plane: int, tensor: Tensor) -> Recipe | None:
+    """How a pooling's backward makes its input and its indices again, in planes of pixels."""
+    # It is known to read no value of its input on these devices.
+    if tensor.is_floating_point() and tensor.device.type in ("cpu", "cuda"):
+        options: Any = {"dtype": tensor.dtype, "device": tensor.device}
+        return Recipe(partial(torch.empty_strided, tensor.shape, tensor.stride(), **options))
+    if tensor.dtype == torch.int64 and plane <= 1 << 15:
+        return Recipe(Tensor.long, (tensor.to(torch.int16),))
+    return None
+
+
+for kind in ("max", "avg", "adaptive_max", "adaptive_avg"):
+    for n in (1, 2, 3):
+        names = f"{kind}_pool{n}d", f"{kind}_pool{n}d_with_indices"
+        pools = [vars(home)[name] for home in (F, torch) for name in names if name in vars(home)]
+        handles(*pools)(partial(_pool, n, "max" in kind))
+
+# ---- operations whose tensors autocast casts -----------------------------------------------------
+
+
+@handles(
+    *(torch.einsum, *_named("addmm baddbmm conv1d conv2d conv3d")),
+    *_named("conv_transpose1d conv_transpose2d conv_transpose3d"),
+)
+def _contract(func: Any, args: Any, kwargs: Any, peak: int | None = None) -> Any:
+    if graph.is_autocast_enabled() and sum(isinstance(t, Tensor) for t in args) > 1:
+        args = tuple(_lowered(t) if type(t) is Kept else t for t in args)
+    return run(func, args, kwargs, peak)
+
+
+def _lowered(tensor: Any) -> Any:
+    """``tensor`` as autocast would cast it, which would save a tensor that nobody knows."""
+    device = tensor.device.type
+    if tensor.dtype != torch.float32 or tensor.is_meta or not torch.is_autocast_enabled(device):
+        return tensor
+    return _view(Tensor.to, (tensor, torch.get_autocast_dtype(device)), {})
+
+
+@handles(*_named("matmul __matmul__ bmm mm"))
+def _matmul(func: Any, args: Any, kwargs: Any) -> Any:
+    peak = _peak_of_product(args, kwargs)
+    return _contract(func, args, kwargs, None if peak is None else peak * args[0].shape[-1])
+
+
+@handles(F.linear)
+def _linear(func: Any, args: Any, kwargs: Any) -> Any:
+    """A linear layer, which would save a copy of spikes that are not contiguous."""
+    is_plain = kwargs or type(args[0]) is not Kept or args[0].dim() < 3
+    if is_plain or args[0].is_contiguous() or graph.is_autocast_enabled():
+        return _contract(func, args, kwargs)
+    x, weight, bias = (*args, None)[:3]
+    y = _contract(func, (_view(Tensor.contiguous, (x,), {}), weight), {})
+    return y if bias is None else y.add_(bias)  # as torch: not within the matrix product
