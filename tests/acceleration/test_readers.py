@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import sj_taid
 from sj_taid._internal import graph
 from sj_taid._internal.compat import FUNCTIONAL_STATES
-from sj_taid.acceleration import kept
+from sj_taid.acceleration import saving
 from tests.acceleration.alike import EVALUATION, assert_alike, assert_same, results, robust
 from tests.acceleration.random_nets import TOUCHES, Scale
 
@@ -296,8 +296,10 @@ def test_loop_over_many_steps_does_not_restore_all_for_each(split, monkeypatch):
     net = nn.Sequential(neuron.LIFNode(step_mode="m"))
     sj_taid.accelerate(net)
     restored = []
-    unpack = kept._unpack_counts
-    monkeypatch.setattr(kept, "_unpack_counts", lambda *saved: restored.append(1) or unpack(*saved))
+    unpack = saving._unpack_counts
+    monkeypatch.setattr(
+        saving, "_unpack_counts", lambda *saved: restored.append(1) or unpack(*saved)
+    )
     head = nn.Linear(8, 8)
     for steps, most in ((8, 8), (40, 0)):
         restored.clear()

@@ -130,12 +130,3 @@ def test_spikes_of_outside_within_a_transform_of_functions():
         convolve = partial(lambda s, w: F.conv2d(s.flatten(0, 1), w).square().sum(), spikes)
         found.append(torch.func.grad(convolve)(weight))
     assert torch.equal(*found) and found[0].any()
-
-
-def test_gradients_within_inference_mode():
-    net, x = nn.Sequential(neuron.LIFNode(step_mode="m")), torch.rand(4, 2, 3) * 3
-    expected = net(x)
-    functional.reset_net(net)
-    sj_taid.accelerate(net)
-    with torch.inference_mode(), torch.enable_grad():
-        assert torch.equal(net(x), expected)
