@@ -78,8 +78,9 @@ class BinaryReport:
 
     @property
     def not_spiking(self) -> list[Operation]:
-        """What keeps the net from being spike-driven; the first operation may read an image."""
-        return [row for row in self.rows[1:] if not row.is_spiking]
+        """What keeps the net from being spike-driven; its first product may read an image."""
+        may_read = bool(self.rows) and not self.rows[0].operation.endswith("not counted")
+        return [row for row in self.rows[may_read:] if not row.is_spiking]
 
     def to_csv(self, path: str | Path) -> None:
         """Write the table."""

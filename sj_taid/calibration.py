@@ -16,7 +16,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from ._internal import compat
 from ._internal.checks import check, check_numbers, is_number
 from ._internal.context import forked
-from ._internal.neurons import check_net, need_neurons, why_silent
+from ._internal.neurons import check_net, find_neurons, need_neurons, why_silent
 from ._internal.report import table
 from .monitoring import LayerState, monitor, spikes_of
 from .ops.surrogate import levels_of
@@ -112,9 +112,9 @@ def calibrate(net: nn.Module, x_seq: Any, *, rate: float = 0.2) -> CalibrationRe
             many, a mean count of 0.8 where D is 4: as many as spikes in D steps.
 
     Returns:
-        The report. A layer is missed if its rate, or a channel's, is more than 20 % off. A neuron
-        in step mode ``"s"``, one called several times and one that shares its threshold keep it,
-        as does one that no threshold makes fire, or every one.
+        The report. A layer is missed if its rate, or a channel's, is more than 20 % off, or a
+        voltage is NaN or infinite. A neuron in step mode ``"s"``, one called several times and one
+        that shares its threshold keep it, as does one that no threshold makes fire, or every one.
 
     Raises:
         ValueError: ``rate`` is not in (0, 1), ``net`` has no neurons in step mode ``"m"``, or
@@ -163,6 +163,9 @@ def calibrate(net: nn.Module, x_seq: Any, *, rate: float = 0.2) -> CalibrationRe
             for buffer, value in buffers:
                 buffer.copy_(value)
         after = watch.layers()
+    for node, path in paths.items():
+        if math.isnan(after[path].firing_rate or 0.0):
+            notes[node] = notes[node] or "its voltage is not finite"
     rows = [Calibrated(path, before[path], after[path], notes[n]) for n, path in paths.items()]
     return CalibrationReport(tuple(rows), fixed_thresholds(net))
 
@@ -246,8 +249,8 @@ def fixed_thresholds(net: nn.Module) -> dict[str, float]:
     {'1': 0.5}
     """
     check_net(net)
-    nodes = {path: getattr(node, "v_threshold", None) for path, node in net.named_modules()}
-    return {path: value for path, value in nodes.items() if isinstance(value, float)}
+    thresholds = {site.path: site.node.v_threshold for site in find_neurons(net)}
+    return {path: float(value) for path, value in thresholds.items() if is_number(value)}
 
 
 def set_fixed_thresholds(net: nn.Module, thresholds: Mapping[str, Any]) -> None:

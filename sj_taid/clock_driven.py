@@ -52,6 +52,11 @@ class _Old(nn.Module):
             alpha = {"alpha": options.pop("alpha")} if "alpha" in options else {}
             options["surrogate_function"] = getattr(surrogate, name)(**alpha)
         super().__init__(*args, **options)
+        if not isinstance(decays := getattr(self, "decay_input", True), bool):
+            raise TypeError(
+                f"decay_input must be True or False, but it is {decays!r}: older versions "
+                "had another order of arguments, so give them by name"
+            )
 
 
 @cache
@@ -146,17 +151,19 @@ def _v_float_to_tensor(self: Any, x: Tensor) -> None:
 def _init_subclass(cls: Any, **options: Any) -> None:
     """Call what a net's own module overrides as 0.0.0.0.14 did, or raise."""
     super(base.MemoryModule, cls).__init_subclass__(**options)
-    own, calls = vars(cls).keys(), cls.single_step_functional_forward is _forward_by_hooks
-    if cls.__module__.startswith("spikingjelly."):
+    kind = next(kind for kind in cls.__mro__ if kind.__module__.startswith("spikingjelly."))
+    if kind is cls:
         return
+    hooks = sorted(name for name in HOOKS if getattr(cls, name, 0) is not getattr(kind, name, 0))
+    calls = cls.single_step_functional_forward is _forward_by_hooks
     calls = calls and not issubclass(cls, neuron.AdaptBaseNode)
-    if (hooks := HOOKS & own) and issubclass(cls, neuron.BaseNode) and not calls:
+    if hooks and issubclass(cls, neuron.BaseNode) and not calls:
         raise TypeError(
-            f"{cls.__name__} overrides {', '.join(sorted(hooks))}, which SpikingJelly 2.x does not "
-            f"call in {cls.__base__.__name__}: derive it from neuron.BaseNode"
+            f"{cls.__name__} overrides {', '.join(hooks)}, which SpikingJelly 2.x does not call in "
+            f"{kind.__name__}: derive it from neuron.BaseNode"
         )
-    is_todays = cls.multi_step_forward.__module__.startswith("spikingjelly.")
-    if "single_step_forward" in own and is_todays:
+    steps = (cls.single_step_forward, cls.multi_step_forward)
+    if [step.__module__.startswith("spikingjelly.") for step in steps] == [False, True]:
         cls.multi_step_forward = _forward_step_by_step
 
 

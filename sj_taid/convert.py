@@ -230,22 +230,26 @@ def _why_keep(site: Site, filter: Callable[[str, nn.Module], bool] | None) -> st
     node = site.node
     if isinstance(node, ALIFNode):
         return f"already ALIF; its backend stays {node.backend}: node.backend = ... chooses one"
-    if compat.plain_kind(node) and filter is not None and not filter(site.path, node):
-        return "declined by filter"
     if is_parametrized(node):
         return "it is parametrized"
-    if names := compat.added_methods(node):
-        return f"a subclass that adds {', '.join(names)}, which ALIF lacks"
-    return why_no_alif(node) or why_silent(node)
+    if reason := why_no_alif(node) or why_silent(node):
+        return reason
+    if names := compat.added_names(node, *compat.PLAIN_NEURONS):
+        return f"it has {', '.join(names)}, which ALIF lacks"
+    return "declined by filter" if filter and not filter(site.path, node) else None
 
 
 def _why_no_lif(node: Any) -> str | None:
     """Why a LIF node cannot express an ALIF, or ``None``."""
-    if node.w is None or node.normalize:
-        return "it has no state" if node.w is None else "it divides its counts"
-    taus, thresholds = node.tau.unique().tolist(), node.effective_v_threshold.unique().tolist()
     if type(node) is not ALIFNode:
         return "a subclass of ALIFNode, whose own behaviour LIF would lose"
+    if names := compat.added_names(node, ALIFNode):
+        return f"it has {', '.join(names)}, which LIF lacks"
+    if node.tau is None or node.normalize:
+        return "it has no state" if node.tau is None else "it divides its counts"
+    if node.tau.is_meta:
+        return "it is on the meta device, where its tau has no value"
+    taus, thresholds = node.tau.unique().tolist(), node.effective_v_threshold.unique().tolist()
     if any(math.isnan(value) for value in (*taus, *thresholds)):
         return "its tau or threshold is nan: its training diverged, take an earlier checkpoint"
     if len(taus) > 1 or len(thresholds) > 1:

@@ -28,8 +28,8 @@ _REMEDIES = {
     "saturated": _SCALE,
     "voltage not finite": "torch.autograd.detect_anomaly() finds where NaN or infinity come from.",
     "threshold at or below the reset voltage": (
-        "These neurons fire at every step without any input: train with a min_v_threshold above "
-        "their v_reset."
+        "Such a neuron fires at every step without any input, and one that counts divides by it: "
+        "train with a min_v_threshold above the v_reset."
     ),
     "threshold at its lower bound": (
         "It rises again when the loss asks for it; another min_v_threshold lets it fall further."
@@ -219,4 +219,4 @@ def _threshold_of(node: Any) -> Any:
 
 
 def _mean(value: Tensor | float) -> float:
-    return torch.as_tensor(value).detach().mean().item()
+    return value.detach().mean().item() if isinstance(value, Tensor) else float(value)

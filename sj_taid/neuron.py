@@ -235,12 +235,15 @@ class ALIFNode(FusedNeuron, compat.BaseNode):
     def materialize_states(
         self, inputs: tuple[Tensor, ...], states: tuple[Any, ...], step_mode: str
     ) -> tuple[Any, ...]:
-        """Check the state and return it as it is: a float is a valid start."""
+        """Check input and state, and return the state as it is: a float is a valid start."""
         if isinstance(inputs[0], fx.Proxy):
             raise TypeError(
                 "torch.fx, which NIR export traces a net with, cannot trace ALIF; give it a copy "
                 "with plain LIF neurons: sj_taid.to_lif(net)"
             )
+        if not isinstance(inputs[0], Tensor):
+            got = type(inputs[0]).__name__
+            raise TypeError(f"the input must be a floating-point tensor, but it is {got}")
         self._check_recomputation(states[0])
         return states
 

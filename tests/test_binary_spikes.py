@@ -234,6 +234,13 @@ def test_what_keeps_a_net_from_being_spike_driven_is_listed():
     assert report.rows[-1].operation == "mv, not counted"
 
 
+@pytest.mark.parametrize("net", [nn.LSTM(4, 4), nn.Sequential(nn.LSTM(4, 4))])
+def test_what_is_not_counted_is_listed_even_if_it_reads_the_input(net):
+    with binary(net) as report:
+        net(torch.eye(4))
+    assert report.not_spiking == report.rows and "not spike-driven: " in str(report)
+
+
 def test_attention_of_torch_is_taken_apart():
     """Its fused forms would be whole."""
     layers = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)

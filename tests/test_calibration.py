@@ -5,6 +5,7 @@ import io
 import math
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
@@ -16,6 +17,8 @@ import sj_taid
 from sj_taid import ALIFNode, calibrate, monitor
 from sj_taid._internal import compat
 from sj_taid.calibration import fixed_thresholds, set_fixed_thresholds
+
+LIF, PLIF, IF = neuron.LIFNode, neuron.ParametricLIFNode, neuron.IFNode
 
 
 @pytest.mark.skipif(not compat.FUNCTIONAL_STATES, reason="0.0.0.0.14 has no SimpleBaseNode")
@@ -257,6 +260,14 @@ def test_calibrate_takes_a_huge_input_as_one_spike():
     assert not row.note and row.after.firing_rate == pytest.approx(0.2, rel=0.2)
 
 
+@pytest.mark.parametrize("where", ["input", "weight"])
+def test_calibrate_names_a_layer_whose_voltage_is_not_finite(where):
+    net, x_seq = nn.Sequential(nn.Linear(8, 64), LIF(step_mode="m")), torch.rand(4, 32, 8)
+    (x_seq if where == "input" else net[0].weight.data).view(-1)[0] = math.inf
+    (row,) = calibrate(net, x_seq).missed
+    assert row.note == "its voltage is not finite"
+
+
 def tree(kinds):
     """Neurons of these kinds below other modules, the last one by two paths."""
     blocks = [nn.Sequential(nn.Linear(32, 32), kind(v_threshold=9.0)) for kind in kinds]
@@ -267,7 +278,6 @@ def tree(kinds):
     return net
 
 
-LIF, PLIF, IF = neuron.LIFNode, neuron.ParametricLIFNode, neuron.IFNode
 SAVED = pytest.mark.parametrize(
     ("kinds", "fixed"),
     [
@@ -314,6 +324,15 @@ def test_set_fixed_thresholds_refuses_other_names(wrong):
     with pytest.raises(ValueError, match=r"threshold of '1.2.1' must be a number"):
         set_fixed_thresholds(net, {"1.0.1": 0.5, "1.2.1": "0.5"})
     assert fixed_thresholds(net) == dict.fromkeys(there, 9.0)
+
+
+@pytest.mark.parametrize("threshold", [9, np.float32(9.0)])
+def test_a_threshold_of_any_kind_of_number_is_calibrated_and_kept(threshold):
+    net = nn.Sequential(nn.Linear(8, 64), LIF(step_mode="m"))
+    net[1].v_threshold = threshold
+    assert fixed_thresholds(net) == {"1": 9.0}
+    report = calibrate(net, torch.rand(4, 32, 8))
+    assert not report.missed and report.fixed_thresholds == {"1": net[1].v_threshold}
 
 
 def test_calibrate_takes_a_compiled_net():

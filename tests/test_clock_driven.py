@@ -79,6 +79,9 @@ def test_neurons_have_the_defaults_of_then(name):
         assert node.surrogate_function.alpha == alpha
         assert getattr(node, "decay_input", True)
         assert getattr(node, "tau", tau) == tau and getattr(node, "w", 0.0) == 0.0
+    if name != "IFNode":
+        with pytest.raises(TypeError, match=r"decay_input must be True or False, but it is 1\.0"):
+            getattr(neuron, name)(2.0, 1.0, 0.0)  # as before decay_input stood there
     erf = getattr(cext_neuron, many)(surrogate_function="Erf", alpha=3.0).surrogate_function
     assert type(erf) is surrogate.Erf and erf.alpha == 3.0
 
@@ -228,11 +231,18 @@ def test_a_memory_module_runs_its_steps():
     assert not torch.equal(net(x_seq, scale=2.0), expected)
 
 
+class Charging:
+    def neuronal_charge(self, x):
+        self.v = self.v + x
+
+
 @pytest.mark.skipif(not FUNCTIONAL_STATES, reason="0.0.0.0.14 calls the hooks")
 @pytest.mark.parametrize("kind", [neuron.LIFNode, today.neuron.IFNode, today.neuron.AdaptBaseNode])
 def test_a_hook_that_nobody_calls_raises(kind):
     with pytest.raises(TypeError, match=rf"Own overrides neuronal_charge.* in {kind.__name__}: "):
         type("Own", (kind,), {"neuronal_charge": lambda self, x: None})
+    with pytest.raises(TypeError, match=rf"Own overrides neuronal_charge.* in {kind.__name__}: "):
+        type("Own", (Charging, kind), {})
     type("Own", (today.neuron.SimpleBaseNode,), {"neuronal_charge": lambda self, x: None})
 
 

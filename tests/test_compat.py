@@ -38,33 +38,40 @@ def subclass(*kinds, **attributes):
     return own()
 
 
-def test_plain_kind_takes_subclasses_that_only_fill_in_defaults():
-    for kind in compat.PLAIN_NEURONS:
-        own = subclass(kind, supported_backends=("torch",), extra_repr=lambda self: "")
-        own_of_own = subclass(type(subclass(kind, helper=lambda self: None)))
-        assert {compat.plain_kind(node) for node in (kind(), own, own_of_own)} == {kind}
-    half = subclass(neuron.IFNode, __init__=lambda self: neuron.IFNode.__init__(self, 0.5))
-    assert compat.plain_kind(half) is neuron.IFNode
+FILLED_IN = {
+    "supported_backends": ("torch",),
+    "extra_repr": lambda self: "",
+    "helper": lambda self: None,
+    "__init__": lambda self: neuron.LIFNode.__init__(self, 3.0),
+}
+METHODS = (
+    "__call__",
+    "forward",
+    "multi_step_forward",
+    "single_step_forward",
+    "reset",
+    *compat.HOOKS,
+)
+
+
+@pytest.mark.parametrize("kind", compat.PLAIN_NEURONS)
+def test_a_subclass_that_fills_in_defaults_is_a_plain_neuron(kind):
+    own = [subclass(kind, **{name: value}) for name, value in list(FILLED_IN.items())[:3]]
+    own.append(subclass(neuron.LIFNode, **FILLED_IN))
+    for node in (kind(), *own, subclass(type(own[2]))):
+        assert compat.why_not_plain(node) is None
 
 
 @pytest.mark.parametrize(
     "node",
     [
-        *(
-            subclass(neuron.LIFNode, **{name: lambda self, x: x})
-            for name in (
-                *("__call__", "forward", "multi_step_forward", "single_step_forward"),
-                *("neuronal_charge", "neuronal_fire", "neuronal_reset", "reset"),
-            )
-        ),
+        *(subclass(neuron.LIFNode, **{name: lambda self, x: x}) for name in METHODS),
         subclass(neuron.LIFNode, tau=property(lambda self: 3.0, lambda self, tau: None)),
         subclass(Doubled, neuron.LIFNode),
-        ALIFNode(),
-        nn.Linear(1, 1),
     ],
 )
-def test_plain_kind_refuses_another_computation(node):
-    assert compat.plain_kind(node) is None
+def test_a_subclass_that_computes_something_else_is_none(node):
+    assert "a subclass of LIFNode that overrides methods" in compat.why_not_plain(node)
 
 
 def test_private_names_of_spikingjelly_are_there():

@@ -186,10 +186,18 @@ def with_(node, **values):
     return node
 
 
+def remembering(node, name):
+    """A neuron with another memory."""
+    node.register_memory(name, 0)
+    return node
+
+
 LIF, PLIF = neuron.LIFNode, neuron.ParametricLIFNode
 KEPT = {
     "a subclass of LIFNode": subclass(forward=lambda self, x: x),
-    "a subclass that adds penalty": subclass(penalty=lambda self: 0.0),
+    "it has penalty, scale, which": with_(subclass(penalty=lambda self: 0.0), scale=nn.ReLU()),
+    "it has mask, which ALIF lacks": with_(LIF(), mask=nn.Parameter(torch.ones(2))),
+    "it has seen, which ALIF lacks": remembering(LIF(), "seen"),
     "its w has the shape [3, 1, 1]": with_(PLIF(), w=nn.Parameter(torch.zeros(3, 1, 1))),
     "it is parametrized": register_parametrization(PLIF(), "w", nn.Identity()),
     "not a LIF, PLIF or IF": neuron.EIFNode(),
@@ -197,6 +205,7 @@ KEPT = {
     "declined by filter": neuron.IFNode(),
     "its threshold is a tensor": with_(LIF(), v_threshold=torch.ones(3)),
     "its tau is 1.0": with_(LIF(), tau=1.0),
+    "its tau is nan": with_(LIF(), tau=math.nan),
     "its threshold is infinite": LIF(v_threshold=math.inf),
 }
 if compat.FUNCTIONAL_STATES:
@@ -331,6 +340,8 @@ REFUSED = {
     "its tau is 1 to": changed("w", 40.0),
     "tau is infinite, so that": changed("w", -128.0),
     "no ILIFNode" if not compat.INTEGER_LIF else "a finite tau": changed("w", -128.0, **OFF),
+    "it has seen, which LIF lacks": remembering(ALIFNode(), "seen"),
+    "it is on the meta device": ALIFNode().to("meta"),
     "it has no state": ALIFNode(levels=4, init_tau=None),
     "it divides its counts": ALIFNode(levels=4, v_reset=None, normalize=True),
     "a subclass of ALIFNode": type("Other", (ALIFNode,), {})(),

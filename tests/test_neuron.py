@@ -231,6 +231,8 @@ NO_TENSOR = "must be a floating-point tensor, but it is"
     ("changed", "error", "message"),
     [
         ({"x_seq": torch.ones(4, 2).bool()}, TypeError, f"x_seq {NO_TENSOR} torch.bool"),
+        ({"x_seq": [[1.0]]}, TypeError, f"{NO_TENSOR} list"),
+        ({"x_seq": None}, TypeError, f"{NO_TENSOR} NoneType"),
         ({"x_seq": torch.ones(0, 3)}, ValueError, r"x_seq must be \[T, N, \*\] with T >= 1"),
         ({"x_seq": torch.ones(1)}, ValueError, r"\[N, \*\] is x\.unsqueeze\(0\)"),
         ({"w": torch.zeros(7)}, ValueError, r" is \[7\] and the input's \[6, 3, 5, 4\]"),

@@ -19,33 +19,41 @@ from torch import Tensor, nn
 NEURONS = (neuron.BaseNode, getattr(neuron, "SimpleBaseNode", neuron.BaseNode))
 #: integer LIF, a subclass of LIF, which 0.0.0.0.14 lacks
 INTEGER_LIF: tuple[Any, ...] = (neuron.ILIFNode,) if hasattr(neuron, "ILIFNode") else ()
-#: the neurons whose dynamics are ALIF's; a subclass may do something else: plain_kind
+#: the neurons whose dynamics are ALIF's; a subclass may do something else: why_not_plain
 PLAIN_NEURONS = (*INTEGER_LIF, neuron.LIFNode, neuron.ParametricLIFNode, neuron.IFNode)
 #: what 0.0.0.0.14 calls at each step, and 2.x does not call in a LIF, PLIF or IF
 HOOKS = frozenset({"neuronal_charge", "neuronal_fire", "neuronal_reset"})
+#: the parameters, modules and memories that a LIF, PLIF, IF or ALIF has
+_PARTS = ("w", "v_threshold", "surrogate_function", "v", "v_seq")
 FUNCTIONAL_STATES: bool = hasattr(neuron.BaseNode, "single_step_functional_forward")
 
 
-def plain_kind(node: nn.Module) -> type[neuron.BaseNode] | None:
-    """The neuron of ``PLAIN_NEURONS`` that ``node`` is, or a subclass with the same dynamics.
+def why_not_plain(node: nn.Module) -> str | None:
+    """Why the dynamics of ``node`` may be none of ``PLAIN_NEURONS``', or ``None``.
 
-    ``None`` if its class overrides anything but the constructor, what it prints and the backends
-    that it names: it may do something else.
+    A subclass may override the constructor, what it prints and the backends that it names.
     """
     kind = next((kind for kind in PLAIN_NEURONS if isinstance(node, kind)), None)
     if kind is None:
-        return None
+        return "not a LIF, PLIF or IF neuron"
     own = {name for c in type(node).__mro__ if c not in kind.__mro__ for name in vars(c)}
     names = {name for name in own if name[:2] != "__" or name == "__call__"}
     known = {*dir(kind), *inspect.signature(kind).parameters, *HOOKS}
-    return None if names & known - {"extra_repr", "supported_backends"} else kind
+    if names & known - {"extra_repr", "supported_backends"}:
+        return f"a subclass of {kind.__name__} that overrides methods: it may behave differently"
+    return None
 
 
-def added_methods(node: nn.Module) -> list[str]:
-    """The public methods and properties that a subclass of LIF, PLIF or IF adds."""
-    own, kind = type(node), plain_kind(node) or type(node)
-    added = [name for name in dir(own) if name[0] != "_" and not hasattr(kind, name)]
-    return [n for n in added if callable(v := getattr(own, n)) or isinstance(v, property)]
+def added_names(node: Any, *kinds: type) -> list[str]:
+    """What a neuron has, apart from plain attributes, that ``kinds`` have not.
+
+    Public methods and properties of a subclass, and parameters, buffers, modules and memories.
+    """
+    own, theirs = type(node), {name for kind in kinds for name in dir(kind)}
+    names = [name for name in dir(own) if name[0] != "_" and name not in theirs]
+    methods = [n for n in names if callable(v := getattr(own, n)) or isinstance(v, property)]
+    parts = (*node._parameters, *node._buffers, *node._modules, *states_of(node))
+    return methods + [name for name in parts if name not in _PARTS]
 
 
 def forget_reset_cache() -> None:

@@ -119,11 +119,8 @@ def why_no_alif(node: Any) -> str | None:
     """Why no ALIF has the outputs of a neuron, or ``None``."""
     if isinstance(node, Accelerated):
         return "accelerated: sj_taid.unaccelerate(net) first, which gives the neuron back"
-    if compat.plain_kind(node) is None:
-        known = next((kind for kind in compat.PLAIN_NEURONS if isinstance(node, kind)), None)
-        if known is None:
-            return "not a LIF, PLIF or IF neuron"
-        return f"a subclass of {known.__name__} that overrides methods: it may behave differently"
+    if reason := compat.why_not_plain(node):
+        return reason
     if counts(node.surrogate_function) and not isinstance(node, compat.INTEGER_LIF):
         return "its surrogate counts by H - V_th; ALIF counts by H / V_th"
     if (levels := levels_of(node.surrogate_function)) > LARGEST_COUNT:
@@ -145,7 +142,7 @@ def why_silent(node: Any) -> str | None:
 
 def why_no_w(tau: float) -> str | None:
     """Why no ``w`` gives a LIF's tau, or ``None``."""
-    return f"its tau is {tau}, and sigmoid(w) = 1/tau needs more than 1" if tau <= 1.0 else None
+    return None if tau > 1.0 else f"its tau is {tau}, and sigmoid(w) = 1/tau needs more than 1"
 
 
 @backends.constant_in_graphs
