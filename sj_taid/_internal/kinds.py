@@ -40,7 +40,8 @@ def check_kinds(kinds: Mapping[str, Any], values: Mapping[str, Any], prefix: str
             # JSON's lists are tuples too, and its texts are paths.
             TypeAdapter(kinds[name], config=STRICT).validate_json(json.dumps(value))
         except ValidationError as error:
-            said = [one["msg"].lower() for one in error.errors() if one["type"] not in OF_OBJECTS]
+            said = [one["msg"] for one in error.errors() if one["type"] not in OF_OBJECTS]
+            said = [words[0].lower() + words[1:] for words in said]  # not the names in them
             expected = "; ".join(dict.fromkeys(said)) or "an object, by its _target_"
             raise ValueError(f"{prefix}{name}: {expected}, but it is {value!r}") from None
         except Exception:  # an object, or an annotation that pydantic does not know

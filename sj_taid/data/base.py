@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Any, Literal, Self
@@ -13,18 +13,27 @@ from typing import Annotated, Any, Literal, Self
 import lightning as L
 import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
-from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
-from torchvision.transforms import v2
+from torchvision.transforms import InterpolationMode, v2
 
 from .._internal.kinds import Seed, Share
-from .augment import AUGMENTATIONS, transform_each
 from .samples import Batch, Samples
 
 log = logging.getLogger(__name__)
 
 #: In a data set's folder: one process fetches and converts, while the others wait.
 LOCK = ".lock"
+
+#: Drawn for each training sample; the frames of a recording share a draw. Beyond the border is 0.
+AUGMENTATIONS = {
+    # the range of the classifiers' training on MNIST
+    "affine": v2.RandomAffine(
+        30, (0.15, 0.15), (0.85, 1.11), interpolation=InterpolationMode.BILINEAR
+    ),
+    # as a crop from the image with a border of an eighth: by whole pixels
+    "crop_flip": v2.Compose([v2.RandomAffine(0, (1 / 8, 1 / 8)), v2.RandomHorizontalFlip()]),
+    "flip": v2.RandomHorizontalFlip(),
+}
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -49,13 +58,11 @@ class Data(L.LightningDataModule):
         limit: use only so many samples of each set, drawn at random with the classes in their
             proportions, for a quick look.
         validation: this share of the training samples, drawn likewise, is for validation and not
-            for training; ``"own"`` takes the validation set that comes with the data set. None or
-            0: there is none, and validation is on the test set.
+            for training. None or 0: there is none, and validation is on the test set.
         seed: seed of these draws; a run's own seed does not change it.
 
     Raises:
-        ValueError: a part without samples; ``"own"`` where there is none; other classes than the
-            data set has, or none to mix.
+        ValueError: a part without samples; other classes than the data set has, or none to mix.
     """
 
     name: str
@@ -68,7 +75,7 @@ class Data(L.LightningDataModule):
     erase: Share = 0.0
     mixup: NonNegativeFloat = 0.0
     limit: PositiveInt | None = None
-    validation: Annotated[float, Field(ge=0, lt=1)] | Literal["own"] | None = None
+    validation: Annotated[float, Field(ge=0, lt=1)] | None = None
     seed: Seed = 0
 
     #: published numbers of training and test samples; others are logged
@@ -90,10 +97,6 @@ class Data(L.LightningDataModule):
         """The training and the test set."""
         raise NotImplementedError
 
-    def load_validation(self) -> Samples:
-        """The validation set that comes with the data set."""
-        raise ValueError(f"{self.name} has no validation set of its own; give a share, as 0.1")
-
     def transforms(self) -> Sequence[v2.Transform]:
         """Transforms from a batch of samples to the model's input, after augmentation."""
         raise NotImplementedError
@@ -111,9 +114,7 @@ class Data(L.LightningDataModule):
                 f"dataset.classes={self.classes}, but {self.name} has {len(names)}: "
                 f"{', '.join(names)}"
             )
-        if self.validation == "own":
-            self.validation_set = self._prepare("validation_set", self.load_validation())
-        elif self.validation:
+        if self.validation:
             train, drawn = train.draw(round(len(train) * self.validation), self.seed)
             self.validation_set = self._prepare("validation_set", drawn)
         self.train_set = self._prepare("train_set", train)
@@ -169,13 +170,12 @@ class Data(L.LightningDataModule):
             options["sampler"].set_epoch(epochs.processed)  # current_epoch is one behind here
         else:
             options["shuffle"] = True
-        augmentations: list[Callable[[Tensor], Tensor]] = []
-        if self.augment:
-            augmentations.append(AUGMENTATIONS[self.augment])
+        augmentations = [AUGMENTATIONS[self.augment]] if self.augment else []
         if self.erase:
-            augmentations.append(partial(transform_each, transform=v2.RandomErasing(self.erase)))
-        mixup = v2.MixUp(alpha=self.mixup, num_classes=self.classes) if self.mixup else None
-        return self.loader(self.train_set, augmentations, mixup, **options)
+            augmentations.append(v2.RandomErasing(self.erase))
+        if self.mixup:
+            options["mixup"] = v2.MixUp(alpha=self.mixup, num_classes=self.classes)
+        return self.loader(self.train_set, augmentations, **options)
 
     def val_dataloader(self) -> DataLoader:
         return self.loader(self.test_set if self.validation_set is None else self.validation_set)
@@ -186,24 +186,31 @@ class Data(L.LightningDataModule):
     def loader(
         self,
         samples: Samples,
-        augmentations: Sequence[Callable[[Tensor], Tensor]] = (),
+        augmentations: Sequence[v2.Transform] = (),
         mixup: v2.MixUp | None = None,
         **options: Any,
     ) -> DataLoader:
         """Batches of ``samples``, without more in their order; ``options`` are the DataLoader's."""
-        transform = v2.Compose([*augmentations, *self.transforms()])
+        transform = v2.Compose(self.transforms())
         # Worker processes start again with each epoch: else a resumed run could not draw what they
         # would.
         return DataLoader(
             samples,
             **{"batch_size": self.batch_size, "num_workers": self.num_workers} | options,
             pin_memory=torch.cuda.is_available(),
-            collate_fn=partial(_collate, transform=transform, mixup=mixup),
+            collate_fn=partial(_collate, augmentations, transform, mixup),
         )
 
 
-def _collate(batch: Batch, transform: v2.Transform, mixup: v2.MixUp | None) -> Batch:
+def _collate(
+    augmentations: Sequence[v2.Transform],
+    transform: v2.Transform,
+    mixup: v2.MixUp | None,
+    batch: Batch,
+) -> Batch:
     x, label = batch
+    for augmentation in augmentations:
+        x = torch.stack([augmentation(sample) for sample in x])  # a draw for each
     x = transform(x)
     if mixup is None:
         return x, label

@@ -92,8 +92,14 @@ class Recordings(Data):
 
     def _files(self, folder: Path) -> Samples:
         paths = sorted(folder.glob("*/*.npz"))
-        labels = [self.class_names.index(path.parent.name) for path in paths]
         remedy = f"move {self.frames} away and run again, which makes its frames again"
+        found = sorted({path.parent.name for path in paths})
+        if not found or not {*found} <= {*self.class_names}:
+            raise OSError(
+                f"{folder} has the classes {', '.join(found) or 'of no recording'}, but those of "
+                f"{self.source} are {', '.join(self.class_names)}; {remedy}"
+            )
+        labels = [self.class_names.index(path.parent.name) for path in paths]
         return Samples([*map(str, paths)], labels, read_frames, remedy)
 
     def _check_archives(self) -> None:

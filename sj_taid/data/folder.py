@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from glob import iglob
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from PIL import Image, ImageOps
 from pydantic import Field, NonNegativeInt, PositiveInt
@@ -32,7 +32,7 @@ def read_image(path: str, channels: int, size: int, crop: int | None = None) -> 
         image = image.convert("L" if channels == 1 else "RGB")
         if crop is not None:
             if crop > min(image.size):  # center_crop would add a black border
-                raise ValueError(f"it has {image.size} pixels, fewer than dataset.crop={crop}")
+                raise ValueError(f"it has {image.size} pixels, fewer than {crop}")
             image = functional.center_crop(image, [crop])
         image = functional.center_crop(functional.resize(image, [size]), [size])
         return functional.pil_to_tensor(image)
@@ -52,7 +52,6 @@ class ImageFolder(ImageData):
         test_root: a second folder like it, for testing.
         test_share: without ``test_root``, this share of each class is for testing: the last ones
             in the order of their names, at least one.
-        crop: take a square of so many pixels from the middle of each image; None takes the largest.
         batch_size: None makes 20 batches or more of the training images, of at most 100.
         num_workers: None takes a process per core, at most 4.
 
@@ -60,13 +59,12 @@ class ImageFolder(ImageData):
         FileNotFoundError: no such folder, or no image in it.
         ValueError: other classes in ``test_root`` than in ``root``, images next to the folders of
             classes, or a class of one image without ``test_root``.
-        OSError: an image that cannot be read, or is smaller than ``crop``, when it is asked for.
+        OSError: an image that cannot be read, when it is asked for.
     """
 
     root: Path
     test_root: Path | None = None
     test_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    crop: PositiveInt | None = None
     batch_size: PositiveInt | None = None  # type: ignore[assignment]
     num_workers: NonNegativeInt | None = None  # type: ignore[assignment]
 
@@ -96,8 +94,8 @@ class ImageFolder(ImageData):
         test_names = _class_names(self.test_root, "dataset.test_root")
         if test_names != names:
             raise ValueError(
-                f"dataset.test_root has the classes {', '.join(test_names)}, but dataset.root "
-                f"{', '.join(names)}"
+                f"dataset.test_root has the classes {', '.join(test_names) or 'of no folder'}, but "
+                f"dataset.root {', '.join(names) or 'of no folder'}"
             )
         return files, self._scan(self.test_root, names)
 
@@ -116,7 +114,7 @@ class ImageFolder(ImageData):
                 )
             paths += images
             labels += [label] * len(images)
-        read = partial(read_image, channels=self.channels, size=self.image_size, crop=self.crop)
+        read = partial(read_image, channels=self.channels, size=self.image_size)
         return Samples(paths, labels, read, f"replace it, or move it out of {root}")
 
 
@@ -142,19 +140,17 @@ def _class_names(root: Path, option: str) -> list[str]:
 class CelebA(Torchvision):
     """CelebA's aligned faces, 218x178: the 148 pixels in the middle, resized.
 
-    162770 images are for training, 19962 for testing, and 19867 for validation, which are used with
-    ``validation="own"``. There are no labels.
+    162770 images are for training and 19962 for testing; the 19867 for validation are left out.
+    There are no labels.
 
     Source: Z. Liu, P. Luo, X. Wang and X. Tang, ICCV 2015.
     """
 
+    sources: ClassVar = {"CelebA": (162_770, 19_962)}
     source: str = "CelebA"
 
     def load(self) -> tuple[Samples, Samples]:
         return self._listed("0"), self._listed("2")
-
-    def load_validation(self) -> Samples:
-        return self._listed("1")
 
     def _listed(self, part: str) -> Samples:
         images = self.path / "img_align_celeba"

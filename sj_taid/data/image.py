@@ -3,9 +3,8 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from filelock import FileLock
@@ -50,44 +49,41 @@ class Digits(ImageData):
         return samples.subset(train), samples.subset(range(4, len(samples), 5))
 
 
-#: the published numbers of training and test images
-COUNTS = {
-    **dict.fromkeys(("MNIST", "FashionMNIST"), (60_000, 10_000)),
-    "CIFAR10": (50_000, 10_000),
-    "CelebA": (162_770, 19_962),
-}
-
-
 @dataclass(kw_only=True, eq=False, repr=False)
 class Torchvision(ImageData):
-    """A data set of torchvision, such as MNIST, FashionMNIST and CIFAR10, loaded into memory.
+    """A data set of torchvision, loaded into memory.
 
     Args:
-        source: its class in ``torchvision.datasets``.
+        source: its class in ``torchvision.datasets``, one of ``sources``.
         root: the folder that holds the data set's own folder.
         download: fetch it if files are missing.
 
     Raises:
         FileNotFoundError: no such folder and ``download`` is off.
         OSError: files that are missing or damaged, or a download that failed.
-        ValueError: one that has ``split=`` where MNIST has ``train=``, such as SVHN or EMNIST.
+        ValueError: another source.
 
     Sources: Y. LeCun, C. Cortes and C. Burges, 1998; H. Xiao, K. Rasul and R. Vollgraf, arXiv
     1708.07747; A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009.
     """
 
+    #: the published numbers of training and test images
+    sources: ClassVar = {
+        **dict.fromkeys(("MNIST", "FashionMNIST", "KMNIST"), (60_000, 10_000)),
+        **dict.fromkeys(("CIFAR10", "CIFAR100"), (50_000, 10_000)),
+    }
     source: str
     root: Path
     download: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.read, self.counts = getattr(datasets, self.source), COUNTS.get(self.source)
-        if type(self) is Torchvision and "train" not in signature(self.read).parameters:
+        if self.source not in self.sources:
             raise ValueError(
-                f"source={self.source} is a data set of torchvision without train=, which is not "
-                "read; save its images in folders, for dataset=image_folder"
+                f"dataset.source must be one of {', '.join(self.sources)}, but it is "
+                f"{self.source!r}; save its images in folders, for dataset=image_folder"
             )
+        self.read, self.counts = getattr(datasets, self.source), self.sources[self.source]
         self.root = expand_home(self.root)
         self.folder = getattr(self.read, "base_folder", f"{self.source}/raw")
         self.path = self.root / self.folder

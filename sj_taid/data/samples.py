@@ -58,7 +58,7 @@ class Samples(Dataset):
         labels = torch.tensor([self.labels[index] for index in indices])
         if self.read is None:
             return self.samples[indices], labels
-        return torch.stack([self._read(path) for path in self.samples[indices]]), labels
+        return torch.stack([self._read(path) for path in self.samples[indices].tolist()]), labels
 
     def _read(self, path: str) -> Tensor:
         try:

@@ -14,7 +14,7 @@ from sj_taid import data
 from sj_taid.data import event
 from sj_taid.training.config import compose
 from sj_taid.training.train import train
-from tests.data.made_up import cut, first, is_locked, ready
+from tests.data.made_up import cut, first, is_locked, make, ready
 from tests.training.conftest import TINY_CLASSIFICATION
 
 T = 4
@@ -100,6 +100,21 @@ def test_nmnist_starts_over_after_an_interrupted_preparation(nmnist, monkeypatch
         ready(data.Recordings, nmnist, **EVENTS)
     assert {path.name for path in nmnist.iterdir()} == {"download", ".lock"}
     assert len(ready(data.Recordings, nmnist, **EVENTS).train_set) == 2
+
+
+@pytest.mark.parametrize("damage", ["empty", "renamed"])
+def test_nmnist_refuses_frames_that_are_not_of_its_classes(nmnist, damage):
+    ready(data.Recordings, nmnist, **EVENTS)
+    tested = nmnist / FRAMES / "test"
+    shutil.rmtree(tested) if damage == "empty" else (tested / "3").rename(tested / "three")
+    found = "of no recording" if damage == "empty" else "three"
+    with pytest.raises(OSError, match=rf"test has the classes {found}, .* NMNIST are 0, .*; move"):
+        ready(data.Recordings, nmnist, **EVENTS)
+
+
+def test_recordings_name_their_sources_as_they_are_written():
+    with pytest.raises(ValueError, match=r"source: input should be 'NMNIST', 'DVS128Gesture' or"):
+        make(data.Recordings, **EVENTS | {"source": "nmnist"})
 
 
 def write_events(folder, n):

@@ -27,10 +27,11 @@ def test_digits():
     assert set(labels.tolist()) == set(range(10))
 
 
-@pytest.mark.parametrize("source", ["SVHN", "EMNIST", "STL10"])
-def test_torchvision_refuses_sets_with_a_split_by_name(tmp_path, source):
-    with pytest.raises(ValueError, match=f"^source={source} is a data set .* without train="):
-        ready(data.Torchvision, root=tmp_path, source=source)
+@pytest.mark.parametrize("source", ["SVHN", "EMNIST", "USPS", "CelebA", "mnist", "typo"])
+def test_torchvision_refuses_what_it_cannot_read_by_name(tmp_path, source):
+    expected = f"source must be one of MNIST, .*, but it is '{source}'; save its images in folders"
+    with pytest.raises(ValueError, match=expected):
+        ready(data.Torchvision, root=tmp_path, source=source, download=True)
     assert not list(tmp_path.iterdir())
 
 
