@@ -136,7 +136,7 @@ def binary(net: nn.Module) -> Iterator[BinaryReport]:
 
 
 class _Slices(TorchDispatchMode):
-    """Takes products of counts apart; below autocast and Python, where all of them come by."""
+    """A dispatch mode, which sees all products, that computes those of counts slice by slice."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -169,7 +169,7 @@ class _Slices(TorchDispatchMode):
         return self.made.get(tensor, False) or address_of(tensor) in self.weights
 
     def look_at(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """The output of what is no product; what is no sum, or not known, is noted."""
+        """Run an operation that is no product, and report it if it is no sum, or not known."""
         with self:  # what is made of other operations, and whole in inference mode
             output = func.decompose(*args, **kwargs)
         if output is not NotImplemented:
@@ -184,7 +184,7 @@ class _Slices(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def multiply(self, func: Any, args: Any, kwargs: Any) -> Tensor:
-        """A product, and what is added to it, by the slices of the counts that it reads."""
+        """Compute a product, and what is added to it, by slices of the counts that it reads."""
         *added, a, b = args
         if func is _CONVOLUTION:
             a, b, bias, *how = args
@@ -217,7 +217,7 @@ class _Slices(TorchDispatchMode):
         return total.to(a.dtype)
 
     def row(self, operation: str, levels: list[float]) -> Operation:
-        """The row of what the running module calls, which has now read these too."""
+        """The report's row of this call of the running module, which reads these levels."""
         layer, called = self.running[-1]
         called[operation] += 1
         key = layer, operation, called[operation]

@@ -40,7 +40,7 @@ if "spikingjelly.clock_driven" in sys.modules:
 
 
 class _Old(nn.Module):
-    """The arguments of old modules that today's do not take, before one of today's classes."""
+    """A base before one of today's classes: it takes the old arguments that this one does not."""
 
     _defaults: ClassVar[dict[str, Any]] = {}
 
@@ -61,7 +61,7 @@ class _Old(nn.Module):
 
 @cache
 def _check_backend(backend: str) -> None:
-    """Check a backend of then, which is not used, and say so once of CuPy."""
+    """Check an old ``backend``, which has no effect, and say so once of CuPy."""
     if backend not in ("torch", "cupy"):
         raise ValueError(f"backend must be 'torch' or 'cupy', but it is {backend!r}")
     if backend == "cupy":
@@ -73,7 +73,7 @@ def _check_backend(backend: str) -> None:
 
 
 def _define(name: str, *kinds: Any, **defaults: Any) -> Any:
-    """Define a class of this module, where pickle finds it: another one with old defaults."""
+    """Define a subclass of ``kinds`` with old defaults, in this module, where pickle finds it."""
     names = {"_defaults": getattr(kinds[0], "_defaults", {}) | defaults, "__module__": __name__}
     made = globals()[name] = type(name, kinds, names)
     return made
@@ -121,7 +121,7 @@ def _take_backend(kind: Any) -> None:
 
 
 def _forward_by_hooks(self: Any, inputs: Any, states: Any, **kwargs: Any) -> Any:
-    """A ``single_step_functional_forward`` by ``HOOKS``, in which 0.0.0.0.14's neurons compute."""
+    """One step with explicit states by charge, fire and reset, as 0.0.0.0.14's neurons compute."""
     now = states_of(self)
     before = dict(now)
     now.update(zip(before, states, strict=True))
@@ -134,7 +134,7 @@ def _forward_by_hooks(self: Any, inputs: Any, states: Any, **kwargs: Any) -> Any
 
 
 def _forward_step_by_step(self: Any, x_seq: Tensor, *args: Any, **options: Any) -> Tensor:
-    """A ``multi_step_forward`` by a module's own ``single_step_forward``."""
+    """A sequence, by a module's own ``single_step_forward``."""
     step = partial(self.single_step_forward, **options)
     outputs, voltages = zip(*((step(x, *args), getattr(self, "v", 0)) for x in x_seq), strict=True)
     if getattr(self, "store_v_seq", False):
@@ -201,7 +201,7 @@ if FUNCTIONAL_STATES:
 
 
 def _make_net(make: Any, *args: Any, T: int | None = None, **options: Any) -> nn.Module:
-    """Today's net ``make`` with old arguments: ``T`` repeats an input without time, [N, *]."""
+    """Make one of today's nets by old arguments; ``T`` repeats an input without time, [N, *]."""
     many = options.pop("multi_step_neuron", None)
     options["spiking_neuron"] = options.pop("single_step_neuron", many)
     net = make(*args, **options)

@@ -143,9 +143,9 @@ def swap_neurons(
 
 
 def _successor(site: Site, function: Any, others: Collection[Any]) -> tuple[Any, str]:
-    """What a function of ``replace`` gives for a module, ``None`` if that is the module, and why.
+    """The successor of a module by ``replace``, ``None`` to keep it, and a note.
 
-    None of ``others``, which stand in other places.
+    It is none of ``others``, which stand in other places.
     """
     is_function = callable(function) and not isinstance(function, type | nn.Module)
     new = function(site.node) if is_function else f"no function but {function!r:.60}"
@@ -210,7 +210,7 @@ def _become(old: nn.Module, new: nn.Module) -> None:
 
 
 def _swapped(site: Site, filter: Any, options: dict[str, Any]) -> tuple[Any, str]:
-    """The ALIF of a neuron, and how equal its outputs are; or ``None``, and why."""
+    """The ALIF of a neuron, ``None`` to keep it, and a note."""
     if reason := _why_keep(site, filter):
         return None, reason
     try:

@@ -18,6 +18,11 @@ from ._internal.neurons import need_neurons
 from ._internal.report import table
 from .ops.surrogate import counts, levels_of
 
+#: The firing rate below which a layer counts as dead: it passes nothing on, and may receive no
+#: gradient. A rule of thumb, as is the next.
+DEAD = 1e-3
+#: The rate above which a layer hardly passes any information on; of counts to D that share of D.
+SATURATED = 0.9
 _SCALE = (
     "sj_taid.calibrate(net, x_seq) sets their v_threshold for the firing rate that you choose; or "
     "put a norm before them."
@@ -56,7 +61,7 @@ class LayerState:
 
 
 class monitor(AbstractContextManager["monitor"]):
-    """A counter of the spikes of ``net``, by forward hooks, until :meth:`remove` or ``with`` ends.
+    """Count the spikes of neurons by forward hooks, until :meth:`remove` or ``with`` ends.
 
     It counts without synchronisation until it is read. The graphs of a net compiled before have no
     hooks: call ``torch.compiler.reset()`` in between.
@@ -66,13 +71,9 @@ class monitor(AbstractContextManager["monitor"]):
 
     Args:
         net: a module with neurons.
-        dead: firing rate below which a layer counts as dead: it passes nothing on, and may
-            receive no gradient. A rule of thumb, as is the next.
-        saturated: firing rate above which a layer hardly passes any information on; of a neuron
-            that counts to D, that share of D.
 
     Raises:
-        ValueError: not ``0 <= dead <= saturated <= 1``, or ``net`` has no neurons.
+        ValueError: ``net`` has no neurons.
 
     >>> from sj_taid import ALIFNode
     >>> net = nn.Sequential(nn.Identity(), ALIFNode(v_threshold=0.5))
@@ -82,13 +83,7 @@ class monitor(AbstractContextManager["monitor"]):
     LayerState(firing_rate=0.5, tau=2.0, v_threshold=0.5)
     """
 
-    def __init__(self, net: nn.Module, *, dead: float = 1e-3, saturated: float = 0.9) -> None:
-        if not 0.0 <= dead <= saturated <= 1.0:
-            raise ValueError(
-                f"expected 0 <= dead <= saturated <= 1, but dead={dead}, saturated={saturated}"
-            )
-        self._dead = dead
-        self._saturated = saturated
+    def __init__(self, net: nn.Module) -> None:
         self._counts = {site.path: _Count(site.node) for site in need_neurons(net, "watch")}
         self._hooks = [count.node.register_forward_hook(count) for count in self._counts.values()]
 
@@ -105,8 +100,8 @@ class monitor(AbstractContextManager["monitor"]):
     def state(self) -> dict[str, LayerState]:
         """Path -> :class:`LayerState`, over all inputs since the start or :meth:`clear`.
 
-        Warns of dead and saturated layers, of voltages that were not finite, and of thresholds at
-        their ``min_v_threshold`` or at the reset voltage.
+        Warns of dead and saturated layers (rates below 0.001 and above 0.9), of voltages that were
+        not finite, and of thresholds at their ``min_v_threshold`` or at the reset voltage.
         """
         states = self.layers()
         warn_of(self._notes(states))
@@ -117,10 +112,10 @@ class monitor(AbstractContextManager["monitor"]):
         found = {}
         for path, state in states.items():
             node = self._counts[path].node
-            rate = self._dead if state.firing_rate is None else state.firing_rate
+            rate = DEAD if state.firing_rate is None else state.firing_rate
             of_rate = {
-                "dead": rate < self._dead,
-                "saturated": rate > self._saturated * levels_of(node.surrogate_function),
+                "dead": rate < DEAD,
+                "saturated": rate > SATURATED * levels_of(node.surrogate_function),
                 "voltage not finite": math.isnan(rate),
             }
             notes = [note for note, holds in of_rate.items() if holds]
@@ -153,7 +148,7 @@ class monitor(AbstractContextManager["monitor"]):
 
 
 class _Count:
-    """The forward hook of one neuron, without its :class:`monitor`, so that copies count apart."""
+    """A forward hook that counts one neuron's spikes; without the monitor, so that copies count."""
 
     def __init__(self, node: Any) -> None:
         self.node = node
@@ -175,7 +170,7 @@ class _Count:
 
 
 def spikes_of(node: Any, output: Tensor | Sequence[Tensor]) -> Tensor:
-    """How many spikes each neuron fired, by an output in which OTTT neurons have a trace too."""
+    """The number of spikes of each neuron in its output, which OTTT neurons give with a trace."""
     spikes = output if isinstance(output, Tensor) else output[0]
     if not counts(node.surrogate_function):
         return spikes.ne(0)

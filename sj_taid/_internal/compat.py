@@ -29,7 +29,7 @@ FUNCTIONAL_STATES: bool = hasattr(neuron.BaseNode, "single_step_functional_forwa
 
 
 def why_not_plain(node: nn.Module) -> str | None:
-    """Why the dynamics of ``node`` may be none of ``PLAIN_NEURONS``', or ``None``.
+    """Why a neuron may compute something other than a LIF, PLIF or IF, or ``None``.
 
     A subclass may override the constructor, what it prints and the backends that it names.
     """

@@ -30,6 +30,6 @@ def seeded(seed: int) -> Iterator[None]:
 
 @contextmanager
 def forked(tensors: Iterable[Any]) -> Iterator[None]:
-    """Leave the random state alone, of the CPU and of the GPUs that these tensors are on."""
+    """Restore the random state after, of the CPU and of the GPUs that these tensors are on."""
     with torch.random.fork_rng({t.device for t in tensors if isinstance(t, Tensor) and t.is_cuda}):
         yield

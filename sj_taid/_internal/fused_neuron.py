@@ -194,7 +194,7 @@ def _decide(
 
 
 def _keep(node: Any, spike_seq: Tensor, bits: Any, strides: tuple[int, ...]) -> Tensor:
-    """Let spikes know their bits, in the memory order of the plain neuron's spikes."""
+    """Attach their bits to spikes, in the memory order of the plain neuron's spikes."""
     # Bits of spikes have an axis of time, counts have not.
     peak = 1 if bits.dim() == 2 else derivatives.levels_of(node.surrogate_function)
     if spike_seq.stride() != strides:  # the bits have the other memory order
@@ -237,7 +237,7 @@ def _values(numbers: tuple[Any, ...], v_threshold: Tensor | None) -> tuple[Any, 
 
 
 def _form(tensor: Tensor) -> tuple[Any, ...]:
-    """What of a tensor a plan depends on."""
+    """The properties of a tensor that a plan depends on."""
     is_ready = tensor.stride(), tensor.is_inference()
     return tensor.shape, tensor.dtype, tensor.device, is_ready
 
