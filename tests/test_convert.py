@@ -58,23 +58,26 @@ def test_swap_zoo_net_has_equal_outputs_and_trains(name, kind):
 
 @pytest.mark.parametrize("v_reset", [0.0, -0.25, None])
 @pytest.mark.parametrize("decay_input", [True, False])
-@pytest.mark.parametrize("tau", [1.25, 4.0 / 3.0, 2.0, 3.0, 4.0, 16.0, 50.0, 128.0])
+@pytest.mark.parametrize("tau", [1.25, 4.0 / 3.0, 2.0, 3.0, 4.0, 16.0, 50.0, 128.0, math.inf])
 def test_swap_any_tau_gives_equal_spikes_and_close_voltages(tau, decay_input, v_reset):
-    node = neuron.LIFNode(tau, decay_input, 0.7, v_reset, step_mode="m")
-    net = nn.Sequential(node)
+    options = {"v_threshold": 0.7, "v_reset": v_reset, "step_mode": "m"}
+    is_if = tau == math.inf
+    node = neuron.IFNode(**options) if is_if else neuron.LIFNode(tau, decay_input, **options)
+    net, kind = nn.Sequential(node), type(node)
     x = torch.randn(8, 16, 64) + 0.5
     spikes, v = net(x), node.v
     net[0].reset()
     (row,) = swap_neurons(net).rows
     # These inputs meet no threshold to the last bit, so rounding moves no spike.
     assert torch.equal(net(x), spikes)
-    exact = tau in (2.0, 4.0, 16.0)  # no float32 w has the sigmoid 1/128
+    exact = tau in (2.0, 4.0, 16.0, math.inf)  # no float32 w has the sigmoid 1/128
     equal = "equal outputs" if exact else "equal outputs to rounding"
+    equal += ", w frozen: no leak" if is_if else ""
     assert row.note.startswith(f"{equal}, v_threshold >= ")
     bound = 0.0 if exact else 1e-5
     torch.testing.assert_close(net[0].v, v, rtol=bound, atol=bound)
     back = to_lif(net)  # in the middle of a sequence
-    assert torch.equal(back(x), net(x)) or not exact
+    assert type(back[0]) is kind and (torch.equal(back(x), net(x)) or not exact)
     if tau == 4.0 / 3.0:  # where -log(tau - 1) rounds to a neighbour of 3/4
         assert net[0].w.sigmoid().item() == 0.75
 
@@ -238,20 +241,19 @@ def test_swap_leaves_the_net_as_it_was_after_an_error():
 
 
 def test_swap_freezes_parameters():
-    net = nn.Sequential(neuron.LIFNode(), neuron.ParametricLIFNode(), neuron.ParametricLIFNode())
-    net[2].w.requires_grad_(False)
-    swap_neurons(net, learn_threshold=False)
-    assert [node.w.requires_grad for node in net] == [True, True, False]
-    assert not any(node.v_threshold.requires_grad for node in net)
-    net = nn.Sequential(neuron.LIFNode(), neuron.ParametricLIFNode())
-    swap_neurons(net, learn_tau=False)
-    assert not any(node.w.requires_grad for node in net)
+    for frozen, learned in (("learn_threshold", [True, True, False]), ("learn_tau", [False] * 3)):
+        net = nn.Sequential(LIF(), PLIF(), PLIF())
+        net[2].w.requires_grad_(False)
+        swap_neurons(net, **{frozen: False})
+        assert [node.w.requires_grad for node in net] == learned
+        assert all(node.v_threshold.requires_grad == (frozen == "learn_tau") for node in net)
 
 
 def test_swap_takes_dtype_and_device_of_the_neighbours():
     for linear in (nn.Linear(2, 2).double(), nn.LazyLinear(2, dtype=torch.float64)):
-        net = nn.Sequential(linear, neuron.LIFNode(tau=3.0, v_threshold=0.3))
+        net = nn.Sequential(linear, neuron.LIFNode(tau=3.0, v_threshold=0.3), neuron.IFNode())
         swap_neurons(net)
+        assert net[2].w.sigmoid().item() == 0.0
         assert net[1].w.dtype == net[1].v_threshold.dtype == torch.float64
         assert net[1].w.sigmoid().item() == pytest.approx(1.0 / 3.0, rel=1e-15)
         assert net[1].v_threshold.item() == 0.3
@@ -272,30 +274,18 @@ def test_swap_takes_dtype_and_device_of_the_neighbours():
     assert net[1].w.dtype == torch.float32
 
 
-class Keeping(nn.Module):
-    def __init__(self, kind):
-        super().__init__()
-        self.linear, self.sn = nn.Linear(3, 4), kind(store_v_seq=True, step_mode="m")
-
-    def forward(self, x_seq):
-        self.hidden = self.linear(x_seq)
-        self.features = {"all": [self.hidden]}
-        return self.sn(self.hidden)
-
-
-@pytest.mark.parametrize("kind", [neuron.LIFNode, neuron.ParametricLIFNode, ALIFNode])
-def test_both_copy_a_net_that_keeps_what_it_computes(kind):
-    net = Keeping(kind)
-    net(torch.rand(2, 5, 3))
-    hidden, v = net.hidden, net.sn.v
-    assert hidden.grad_fn is not None and v.grad_fn is not None
+@pytest.mark.parametrize("kind", [neuron.LIFNode, ALIFNode])
+def test_to_lif_copies_a_net_that_keeps_what_it_computes(kind):
+    net = nn.Sequential(nn.Linear(3, 4), kind(store_v_seq=True, step_mode="m"))
+    hidden = net.hidden = net[0](torch.rand(2, 5, 3))
+    net.features = {"all": [hidden]}
+    net[1](hidden)
+    assert hidden.grad_fn is not None and net[1].v.grad_fn is not None
     plain = to_lif(net)
     assert plain.features["all"][0] is plain.hidden
-    for kept, copied in ((hidden, plain.hidden), (v, plain.sn.v)):
+    for kept, copied in ((hidden, plain.hidden), (net[1].v, plain[1].v)):
         assert torch.equal(copied, kept) and copied.grad_fn is None
-    assert plain.linear.weight is not net.linear.weight
-    swap_neurons(net)
-    assert net.hidden is hidden and net.sn.v is v
+    assert plain[0].weight is not net[0].weight
 
 
 def test_to_lif_names_thresholds_at_the_reset():
@@ -379,21 +369,6 @@ def test_to_lif_of_a_neuron_that_counts(decay_input, tau):
     functional.reset_net(plain)
     torch.testing.assert_close(plain(x), net(x))
     assert len(found[0][0].unique()) > 3
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_if_is_swapped_and_back(dtype):
-    net = nn.Sequential(
-        neuron.IFNode(v_threshold=0.4, v_reset=None, step_mode="m"), nn.Linear(3, 1)
-    )
-    net, x = net.to(dtype), torch.rand(6, 2, 3, dtype=dtype)
-    spikes = net(x)
-    net[0].reset()
-    assert "frozen" in swap_neurons(net).rows[0].note
-    assert torch.equal(net(x), spikes)
-    functional.reset_net(net)
-    back = to_lif(net)
-    assert type(back[0]) is neuron.IFNode and torch.equal(back(x), spikes)
 
 
 @needs_2
