@@ -185,7 +185,7 @@ def to_lif(net: nn.Module) -> nn.Module:
     check_net(net)
     copied = copy_net(net)
     restore(copied)
-    sites = find_neurons(copied, ALIFNode)
+    sites = [site for site in find_neurons(copied) if isinstance(site.node, ALIFNode)]
     if refused := [site.row("", reason) for site in sites if (reason := _why_no_lif(site.node))]:
         raise ValueError(
             f"LIFNode cannot express {len(refused)} of the neurons:\n{table_of(refused)}"
@@ -200,7 +200,8 @@ def _become(old: nn.Module, new: nn.Module) -> None:
     """Make ``old`` the module that ``new`` is, in every place that holds it; its hooks stay."""
     new.train(old.training)
     for name in vars(nn.Module()):
-        if "hook" in name and (hooks := getattr(old, name)) is not None:
+        is_of_calls = "forward" in name or "backward" in name  # not of state_dict
+        if is_of_calls and (hooks := getattr(old, name)) is not None:
             if isinstance(hooks, dict):
                 # The old dictionaries themselves, so that handles to remove a hook still work.
                 hooks.update(getattr(new, name))

@@ -38,18 +38,17 @@ class Site(NamedTuple):
 
 
 def need_neurons(net: nn.Module, change: str, kinds: Collection[type] = ()) -> list[Site]:
-    """Every neuron of ``net`` and module of exactly one of ``kinds``.
+    """The sites of :func:`find_neurons`.
 
     An error if there is no neuron to ``change``, as in "swap", or no module of a kind.
     """
     check_net(net)
-    there = {type(module) for module in net.modules()}
+    sites = find_neurons(net, kinds)
+    there = {type(site.node) for site in sites}
     if absent := [getattr(kind, "__name__", kind) for kind in kinds if kind not in there]:
         raise ValueError(
             f"replace= has {absent}, but {type(net).__name__} has no module of exactly this class"
         )
-    sites = find_neurons(net, (*compat.NEURONS, *kinds))
-    sites = [s for s in sites if isinstance(s.node, compat.NEURONS) or type(s.node) in kinds]
     if not sites:
         raise ValueError(
             f"{type(net).__name__} has no neuron of SpikingJelly's BaseNode or SimpleBaseNode to "
@@ -86,8 +85,8 @@ def as_inputs(example: Any) -> tuple[Any, ...]:
     return example if isinstance(example, tuple) else (example,)
 
 
-def find_neurons(net: nn.Module, kind: type | tuple[type, ...] = compat.NEURONS) -> list[Site]:
-    """Every neuron of ``kind`` in ``net``, once."""
+def find_neurons(net: nn.Module, kinds: Collection[type] = ()) -> list[Site]:
+    """Every neuron of ``net`` and module of exactly one of ``kinds``, once."""
     paths = defaultdict(list)
     for path, module in net.named_modules(remove_duplicate=False):
         paths[module].append(path)
@@ -95,7 +94,7 @@ def find_neurons(net: nn.Module, kind: type | tuple[type, ...] = compat.NEURONS)
     near = next(filter(Tensor.is_floating_point, net.parameters()), torch.empty(0))
     for module, names in paths.items():
         near = next(filter(Tensor.is_floating_point, module.parameters(recurse=False)), near)
-        if isinstance(module, kind):
+        if isinstance(module, compat.NEURONS) or type(module) in kinds:
             sites.append(Site(module, tuple(names), near.device, near.dtype))
     return sites
 
