@@ -1,6 +1,5 @@
 """The non-spiking autoencoder whose code FAD compares."""
 
-from collections.abc import Sequence
 from itertools import pairwise
 
 from torch import Tensor, nn
@@ -17,9 +16,9 @@ class Autoencoder(nn.Module):
 
     Args:
         in_channels: image channels C.
-        image_size: height and width, divisible by two once for each hidden width.
-        hidden_channels: widths of the encoder, or the first: it doubles until 2x2 pixels or an odd
-            side are left.
+        image_size: height and width, an even number.
+        hidden_channels: width of the encoder's first convolution; widths double until 2x2 pixels
+            or an odd side are left.
         latent_channels: width of the code.
 
     Raises:
@@ -29,7 +28,7 @@ class Autoencoder(nn.Module):
     FashionMNIST, 128 for CIFAR10 and CelebA).
 
     >>> import torch
-    >>> autoencoder = Autoencoder(1, 16, (8, 16), 10)
+    >>> autoencoder = Autoencoder(1, 16, 8, 10)
     >>> images = torch.rand(3, 1, 16, 16)
     >>> autoencoder(images).shape, autoencoder.encode(images).shape
     (torch.Size([3, 1, 16, 16]), torch.Size([3, 10]))
@@ -39,7 +38,7 @@ class Autoencoder(nn.Module):
         self,
         in_channels: int,
         image_size: int,
-        hidden_channels: int | Sequence[int],
+        hidden_channels: int,
         latent_channels: int,
     ) -> None:
         super().__init__()

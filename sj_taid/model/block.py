@@ -1,48 +1,35 @@
 """Shared by the models: checks of their inputs, reset, and the block of layer, norm and neuron."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from spikingjelly.activation_based import base, layer
 from torch import Tensor, nn
 
-from .._internal.checks import check_sizes
+from .._internal.checks import check_sizes, is_whole
 from ..ops.surrogate import levels_of
 
 Neuron = Callable[..., nn.Module]
 """Makes a SpikingJelly neuron in step mode ``"m"`` each time it is called."""
 
 
-def encoder_shape(
-    hidden_channels: int | Sequence[int], image_size: int
-) -> tuple[tuple[int, ...], int]:
+def encoder_shape(hidden_channels: int, image_size: int) -> tuple[tuple[int, ...], int]:
     """The widths of an encoder's blocks of stride 2, and the side of what is left of the image.
 
-    A single width doubles from block to block, until 2x2 pixels or an odd side are left.
+    The first is ``hidden_channels``; they double until 2x2 pixels or an odd side are left.
 
-    >>> encoder_shape(32, 64), encoder_shape(16, 28), encoder_shape([8, 8], 64)
-    (((32, 64, 128, 256, 512), 2), ((16, 32), 7), ((8, 8), 16))
+    >>> encoder_shape(32, 64), encoder_shape(16, 28)
+    (((32, 64, 128, 256, 512), 2), ((16, 32), 7))
     """
-    if isinstance(hidden_channels, Sequence):
-        widths = [*hidden_channels]
-    else:
-        widths = [hidden_channels]
-        side = image_size
-        while side > 4 and side % 4 == 0:
-            widths.append(2 * widths[-1])
-            side //= 2
-    if not widths:
-        raise ValueError("hidden_channels must be the width of each block, but it is empty")
-    for width in widths:
-        check_sizes(hidden_channels=width)
-    side, rest = divmod(image_size, 2 ** len(widths))
-    if rest or side < 1:
-        raise ValueError(
-            f"image_size={image_size} must be a multiple of {2 ** len(widths)}, to be halved for "
-            f"each of hidden_channels={widths}"
-        )
+    check_sizes(hidden_channels=hidden_channels, image_size=image_size)
+    if image_size % 2:
+        raise ValueError(f"image_size must be even, so that it can be halved, not {image_size}")
+    widths, side = [hidden_channels], image_size // 2
+    while side > 2 and side % 2 == 0:
+        widths.append(2 * widths[-1])
+        side //= 2
     return tuple(widths), side
 
 
@@ -58,6 +45,16 @@ def check_images(model: Any, x: Tensor, frames: bool = False) -> None:
         expected = f"images [N, {sizes}]" + f" or frames [T, N, {sizes}]" * frames
         raise ValueError(f"{type(model).__name__} expects {expected}, but got {got}")
     check_values(model, x, bound=math.inf if frames else 1.0)
+
+
+def check_labels(labels: Any, n: int, allowed: Sequence[int], expected: str) -> Tensor:
+    """The labels ``[n]``, from one for all or one for each; refuse all but ``allowed`` integers."""
+    values = labels.tolist() if hasattr(labels, "tolist") else labels
+    values = [*values] if isinstance(values, Iterable) else [values] * n
+    fits = bool(allowed) and len(values) == n
+    if not fits or not all(is_whole(label) and label in allowed for label in values):
+        raise ValueError(f"{expected}, but got {labels!r:.80}")
+    return torch.tensor(values, dtype=torch.long)
 
 
 def check_values(module: nn.Module, x: Tensor, bound: float) -> None:

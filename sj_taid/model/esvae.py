@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .._internal.checks import check, check_flags, check_not_negative, check_sizes, integer
 from .._internal.context import eval_mode
 from .block import Neuron
-from .flow import EPOCHS, FlowPrior, check_rates
+from .flow import EPOCHS, FlowPrior, check_enough, check_rates
 from .spiking_vae import SpikingVAE, SpikingVAEOutput
 
 
@@ -129,7 +129,7 @@ class ESVAE(SpikingVAE):
     Source: Zhan et al., arXiv 2310.14839; fitting after training as in Ghosh et al., arXiv
     1903.12436.
 
-    >>> model = ESVAE(image_size=8, T=4, hidden_channels=(4, 8), latent_channels=6)
+    >>> model = ESVAE(image_size=8, T=4, hidden_channels=4, latent_channels=6)
     >>> output = model(torch.rand(2, 1, 8, 8))
     >>> output.image.shape, output.q.shape, model.sample(5).shape
     (torch.Size([2, 1, 8, 8]), torch.Size([2, 6]), torch.Size([5, 1, 8, 8]))
@@ -234,6 +234,7 @@ class ESVAE(SpikingVAE):
                 torch.stack([self.rate(x), *([self.rate(x.flip(-1))] if mirror else [])], 1)
                 for x in images
             ]
+        check_enough(sum(map(len, rates)))
         flow.fit(torch.cat(rates).float(), labels, seed, self.flow_epochs)
 
     @contextmanager

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from .._internal.checks import check_sizes
 from .._internal.context import seeded
+from .block import check_labels
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +112,12 @@ class FlowPrior(nn.Module):
             raise ValueError(f"expected rates [n, {d}], but got {list(rates.shape)}")
         check_rates(rates)
         rates = rates.reshape(n, -1, d)
-        classes, index = check_labels(labels, n).to(rates.device).unique(return_inverse=True)
+        if labels is None:
+            labels = torch.full((n,), -1)
+        else:
+            expected = f"expected {n} labels, integers >= 0"
+            labels = check_labels(labels, n, range(2**63), expected)
+        classes, index = labels.to(rates.device).unique(return_inverse=True)
         if len(classes) > CLASSES:
             raise ValueError(
                 f"a flow takes labels of at most {CLASSES} classes, but got {len(classes)}"
@@ -215,16 +221,6 @@ def check_enough(n: int) -> None:
     """Refuse to fit a flow to the rates of ``n`` images, if they are too few."""
     if n < 10:
         raise ValueError(f"a flow needs the rates of at least 10 images, but got {n}")
-
-
-def check_labels(labels: Sequence[int] | Tensor | None, n: int) -> Tensor:
-    """Labels ``[n]``, all -1 if there are none."""
-    if labels is None:
-        return torch.full((n,), -1)
-    labels = torch.as_tensor(labels)
-    if labels.shape != (n,) or labels.is_floating_point() or labels.min() < 0:
-        raise ValueError(f"expected {n} labels, integers >= 0, but got {labels.tolist()!s:.60}")
-    return labels
 
 
 class Velocity(nn.Module):

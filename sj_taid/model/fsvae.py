@@ -12,10 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._internal.checks import SHARE, check, check_sizes
+from .._internal.checks import check_sizes
 from .._internal.context import eval_mode
 from .block import Neuron, reset, spiking_block
 from .spiking_vae import SpikingVAE, SpikingVAEOutput
+
+#: The prior's scheduled sampling at the start and at the end of training.
+OWN_SAMPLE_PROBABILITY = 0.1, 0.3
 
 
 class LatentNetwork(nn.Module):
@@ -153,13 +156,11 @@ class FSVAE(SpikingVAE):
 
     Args:
         k: candidate spikes of each latent channel.
-        own_sample_probability: the prior's scheduled sampling at the start and at the end of
-            training, two probabilities. The first steps are never replaced: below T = 7 none is.
 
     Source: Kamata et al. 2022, arXiv 2110.00375; the image decoder from Qiu et al. 2023,
     arXiv 2406.03046.
 
-    >>> model = FSVAE(image_size=8, T=4, hidden_channels=(4, 8), latent_channels=6, k=3)
+    >>> model = FSVAE(image_size=8, T=4, hidden_channels=4, latent_channels=6, k=3)
     >>> output = model(torch.rand(2, 1, 8, 8))
     >>> output.image.shape, output.q.shape, model.sample(5).shape
     (torch.Size([2, 1, 8, 8]), torch.Size([4, 2, 6, 3]), torch.Size([5, 1, 8, 8]))
@@ -169,15 +170,10 @@ class FSVAE(SpikingVAE):
         self,
         *args: Any,
         k: int = 20,
-        own_sample_probability: tuple[float, float] = (0.1, 0.3),
         **kwargs: Any,
     ) -> None:
         check_sizes(k=k)
-        first, last = own_sample_probability
-        for probability in (first, last):
-            check(SHARE, own_sample_probability=probability)
         self.k = k
-        self.own_sample_probability = first, last
         super().__init__(*args, **kwargs)
 
     def _make_latent(self, neuron: Neuron) -> None:
@@ -205,8 +201,12 @@ class FSVAE(SpikingVAE):
         return self.prior.sample(self._picks(n))
 
     def training_loss(self, image: Tensor, progress: float = 0.0) -> dict[str, Tensor]:
-        """``loss`` and its terms; ``progress`` of the training, 0 to 1, sets the own samples."""
-        first, last = self.own_sample_probability
+        """``loss`` and its terms; ``progress`` of the training, 0 to 1, sets the own samples.
+
+        Their probability rises from 0.1 to 0.3. The first steps are never replaced: below T = 7
+        none is.
+        """
+        first, last = OWN_SAMPLE_PROBABILITY
         # A tensor: compiled, each float would be a constant of a graph of its own.
         output = self(image, torch.tensor(first + (last - first) * progress))
         return self.sum_losses(output.image, image, mmd_loss(output.q, output.p))

@@ -10,12 +10,12 @@ from spikingjelly.activation_based import layer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._internal.checks import check, check_not_negative, check_sizes, integer
+from .._internal.checks import check, check_flags, check_not_negative, check_sizes, integer
 from .._internal.context import eval_mode
 from ..layer import TAID
 from ..neuron import ALIFNode
 from ..ops.surrogate import Rect
-from .block import Neuron, check_images, encoder_shape, reset, spiking_block
+from .block import Neuron, check_images, check_labels, encoder_shape, reset, spiking_block
 
 #: ALIF that starts as the neuron of the original FSVAE: V[t] = 0.25 V[t-1] + X, threshold 0.2 and a
 #: rectangular surrogate of width and height 1.
@@ -72,10 +72,10 @@ class SpikingVAE(nn.Module):
 
     Args:
         in_channels: image channels C.
-        image_size: height and width H = W, divisible by two once for each hidden width.
+        image_size: height and width H = W, an even number.
         T: number of time steps.
-        hidden_channels: widths of the encoder, or the first: it doubles until 2x2 pixels or an odd
-            side are left. The default gives the original's for 32x32 and for 64x64.
+        hidden_channels: width of the encoder's first block; widths double until 2x2 pixels or an
+            odd side are left. The default gives the original's for 32x32 and for 64x64.
         latent_channels: width of the latent spike train.
         neuron: makes a neuron; any SpikingJelly neuron in step mode ``"m"``.
         image_decoder: :class:`~sj_taid.TAID` (default) or :class:`~sj_taid.FixedDecoder`, made for
@@ -100,7 +100,7 @@ class SpikingVAE(nn.Module):
         in_channels: int = 1,
         image_size: int = 32,
         T: int = 16,
-        hidden_channels: int | Sequence[int] = 32,
+        hidden_channels: int = 32,
         latent_channels: int = 128,
         neuron: Neuron = original_neuron,
         image_decoder: nn.Module | None = None,
@@ -111,6 +111,7 @@ class SpikingVAE(nn.Module):
         super().__init__()
         check_sizes(in_channels=in_channels, T=T, latent_channels=latent_channels)
         check_not_negative(gradient_weight=gradient_weight, chroma_weight=chroma_weight)
+        check_flags(subpixel=subpixel)
         if chroma_weight and in_channels != 3:
             raise ValueError(
                 f"chroma_weight={chroma_weight} is for images of 3 channels, but in_channels is "
@@ -118,8 +119,10 @@ class SpikingVAE(nn.Module):
             )
         widths, side = encoder_shape(hidden_channels, image_size)
         image_decoder = TAID(T) if image_decoder is None else image_decoder
-        if image_decoder.T != T:
-            raise ValueError(f"the image decoder is for T={image_decoder.T}, the model for T={T}")
+        if getattr(image_decoder, "T", None) != T or not isinstance(image_decoder, nn.Module):
+            raise ValueError(
+                f"image_decoder must be for T={T}, as TAID({T}) is, but it is {image_decoder!r:.80}"
+            )
         self.in_channels = in_channels
         self.image_size = image_size
         self.T = T
@@ -210,25 +213,15 @@ class SpikingVAE(nn.Module):
             ValueError: ``n`` is no integer >= 0, or ``label`` is none of ``labels``.
         """
         check(integer(0), n=n)
-        labels = None if label is None else self._check_label(n, label)
+        labels = None
+        if label is not None:
+            expected = (
+                f"label must be one of {self.labels}, which an ESVAE's flow learns by "
+                f"model.fit_prior(images, labels=...), or a list of {n} of them"
+            )
+            labels = check_labels(label, n, self.labels, expected)
         with eval_mode(self), torch.no_grad():
             return self.decode(self.sample_latent(n, labels))
-
-    def _check_label(self, n: int, label: int | Sequence[int] | Tensor) -> Tensor:
-        """The class of each of ``n`` images, ``[n]``."""
-        try:
-            labels = torch.as_tensor(label)
-        except TypeError:  # a text
-            labels = torch.tensor(-1)
-        is_whole = not labels.is_floating_point() and labels.dtype != torch.bool
-        fits = is_whole and labels.shape in ((), (n,))
-        if not fits or not {*labels.flatten().tolist()} <= {*self.labels}:
-            raise ValueError(
-                f"label must be one of {self.labels}, or a list of {n} of them, but it is "
-                f"{label!r:.80}; an ESVAE has those that its flow was fitted with, by "
-                "model.fit_prior(images, labels=...)"
-            )
-        return labels.long().expand(n)
 
     def sample_latent(self, n: int, labels: Tensor | None = None) -> Tensor:
         """Draw latent spikes ``[T, n, latent]`` from the prior, of the classes in ``labels``."""

@@ -31,7 +31,7 @@ def test_frechet_distance_equals_scipys_matrix_root(batch):
 
 def test_frechet_distance_is_not_rounded_under_autocast():
     images, found = torch.rand(300, 1, 8, 8), []
-    metric = FrechetDistance(AutoencoderCodes(Autoencoder(1, 8, (4,), 2)))
+    metric = FrechetDistance(AutoencoderCodes(Autoencoder(1, 8, 4, 2)))
     for enabled in (False, True):
         metric.reset()
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
@@ -50,7 +50,7 @@ def test_frechet_distance_refuses_too_few_images():
 
 
 def test_autoencoder_codes_refuse_other_images_and_stay_in_eval_mode():
-    metric = FrechetDistance(AutoencoderCodes(Autoencoder(1, 8, (4,), 2))).train()
+    metric = FrechetDistance(AutoencoderCodes(Autoencoder(1, 8, 4, 2))).train()
     assert not metric.inception.autoencoder.training
     message = r"expects images \[N, 1, 8, 8\], but got \[5, 3, 8, 8\]"
     with pytest.raises(ValueError, match=message):

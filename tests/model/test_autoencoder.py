@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from sj_taid.model import Autoencoder
 from tests.model.conftest import images
 
-SMALL = {"in_channels": 1, "image_size": 8, "hidden_channels": (8, 16), "latent_channels": 12}
+SMALL = {"in_channels": 1, "image_size": 8, "hidden_channels": 8, "latent_channels": 12}
 
 
 def test_learns_to_reconstruct():

@@ -11,7 +11,7 @@ from tests.model.conftest import images
 
 F64 = torch.float64
 SCALES = (1, 2, 4, 8, 16)
-SMALL = {"image_size": 8, "T": 6, "hidden_channels": (6, 12), "latent_channels": 10}
+SMALL = {"image_size": 8, "T": 6, "hidden_channels": 6, "latent_channels": 10}
 
 
 def test_spikes_and_their_gradient_by_hand(monkeypatch):
@@ -156,7 +156,9 @@ def test_fit_prior_says_what_it_was_given():
     model = ESVAE(**SMALL, sample_from="flow")
     for given, labels, message in (
         (images(12), [0] * 11, "expected 12 labels, .* but got"),
+        (images(12), ["a"] * 12, "expected 12 labels, .* but got"),
         (images(9), None, "at least 10 images, but got 9"),
+        ([], None, "at least 10 images, but got 0"),
         ([(images(12), torch.zeros(12))], None, r"expects images \[N, 1, 8, 8\], but got a tuple"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -167,14 +169,15 @@ def test_sample_of_a_class(monkeypatch):
     model = ESVAE(**SMALL, sample_from="flow", flow_epochs=1)
     model.fit_prior(images(40), labels=torch.arange(40) % 2 + 3)
     assert model.labels == [3, 4]
+    assert model.sample(0, label=[]).shape == model.sample(0, label=3).shape == (0, 1, 8, 8)
     drawn = []
     monkeypatch.setattr(model.flow, "forward", lambda n, labels: drawn.append(labels.tolist()))
     monkeypatch.setattr("sj_taid.model.esvae.spikes_from_rate", lambda *_: torch.zeros(6, 3, 10))
-    for label in (4, [3, 4, 3], torch.tensor([4, 4, 3], dtype=torch.int32)):
+    for label in (4, np.array(4), [3, 4, 3], torch.tensor([4, 4, 3], dtype=torch.int32)):
         assert model.sample(3, label=label).shape == (3, 1, 8, 8)
-    assert drawn == [[4, 4, 4], [3, 4, 3], [4, 4, 3]]
-    for label in (7, [3, 4], [3, 4, 7], 3.0, True, "3"):
-        with pytest.raises(ValueError, match=r"label must be one of \[3, 4\], or a list of 3"):
+    assert drawn == [[4, 4, 4], [4, 4, 4], [3, 4, 3], [4, 4, 3]]
+    for label in (7, [3, 4], [3, 4, 7], 3.0, True, "3", "343", {3}, [3, None, 4], [[3], 3, 4]):
+        with pytest.raises(ValueError, match=r"label must be one of \[3, 4\], .* a list of 3"):
             model.sample(3, label=label)
     with model.draw_from("learned"), pytest.raises(ValueError, match=r"of \[\], .*fit_prior"):
         model.sample(3, label=3)

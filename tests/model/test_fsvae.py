@@ -13,7 +13,7 @@ from sj_taid.model.spiking_vae import original_neuron
 from tests.helpers import TOLERANCE
 from tests.model.conftest import images
 
-SMALL = {"image_size": 8, "T": 8, "hidden_channels": (6, 12), "latent_channels": 10, "k": 4}
+SMALL = {"image_size": 8, "T": 8, "hidden_channels": 6, "latent_channels": 10, "k": 4}
 T, N, C, K = 9, 4, 6, 5
 F64 = torch.float64
 
@@ -133,7 +133,7 @@ def test_mmd_loss_is_of_postsynaptic_potentials():
 
 
 def test_training_loss_scheduled_sampling_follows_the_progress(monkeypatch):
-    model = FSVAE(**SMALL, own_sample_probability=(0.1, 0.3))
+    model = FSVAE(**SMALL)
     used = []
     original = model.prior.forward
     monkeypatch.setattr(model.prior, "forward", lambda z, p: used.append(p) or original(z, p))

@@ -37,7 +37,7 @@ TINY_TRAINER = [
 TINY_FSVAE = [
     "model=fsvae_small",
     "model.T=3",
-    "model.hidden_channels=[4,6]",
+    "model.hidden_channels=4",
     "model.latent_channels=5",
     "model.k=3",
     "dataset.image_size=8",
@@ -48,7 +48,7 @@ UNMEASURED = [*TINY_FSVAE, "~metric"]
 TINY = [
     *TINY_FSVAE,
     "metric.samples=8",
-    "metric.autoencoder.hidden_channels=[4]",
+    "metric.autoencoder.hidden_channels=4",
     "metric.autoencoder.latent_channels=3",
     "metric.autoencoder.epochs=1",
 ]

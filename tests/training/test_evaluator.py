@@ -33,7 +33,7 @@ def digits(**options):
 @pytest.fixture
 def evaluator(tmp_path):
     """With an empty cache."""
-    autoencoder = {"hidden_channels": [4], "latent_channels": 3, "epochs": 1, "batch_size": 32}
+    autoencoder = {"hidden_channels": 4, "latent_channels": 3, "epochs": 1, "batch_size": 32}
     return Evaluator(40, autoencoder | {"seed": 0}, cache_dir=tmp_path, accelerator="cpu")
 
 

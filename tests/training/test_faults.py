@@ -28,7 +28,7 @@ from tests.training.conftest import (
 #: what draws random numbers: the order, augmentation, dropped steps, the posterior's samples,
 #: scheduled sampling; on files that a process loads
 JOB = [
-    "~metric", "model=fsvae_small", "model.T=3", "model.hidden_channels=[4,6]",
+    "~metric", "model=fsvae_small", "model.T=3", "model.hidden_channels=4",
     "model.latent_channels=5", "model.k=3", "dataset=image_folder", "dataset.channels=1",
     "dataset.image_size=8", "dataset.augment=affine", "dataset.batch_size=2",
     "dataset.num_workers=1", "trainer.max_epochs=3", "trainer.accelerator=cpu",

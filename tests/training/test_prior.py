@@ -18,7 +18,7 @@ from sj_taid.training.run import Run, load_model
 from sj_taid.training.train import train
 from tests.training.conftest import TINY_ESVAE
 
-SMALL = {"image_size": 8, "T": 2, "hidden_channels": (4, 8), "latent_channels": 3}
+SMALL = {"image_size": 8, "T": 2, "hidden_channels": 4, "latent_channels": 3}
 ADAM = partial(Adam, lr=1e-3)
 
 
