@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -207,7 +206,7 @@ def compare(
     packed = got.pop("bits", None)
     exact = results(reference.multi_step, case.with_(pack=False), _double(leaves))
     expected = {n: t.to(got[n].dtype) if n in got else t for n, t in exact.items()}
-    found = [*differences(got, expected, math.prod(case.shape) / (case.channels or 1))]
+    found = [*differences(got, expected, case, leaves)]
     most = levels_of(case.surrogate_function)
     if packed is not None and not torch.equal(packed, bits.pack(got["spike_seq"], most)):
         found.append("the bits are not the spikes'")

@@ -88,6 +88,8 @@ SOFT, HARD = {"v_reset": None}, {"v_reset": -0.25}
 NORM, LONG = HARD | {"norm": "batch"}, {"T": 24}
 PACK = HARD | {"pack": True}
 COUNTS = SOFT | {"surrogate": "counts", "decay_input": False}
+GROWS = {"surrogate": "DeterministicPass", "decay_input": False, "per_channel": True, "T": 24}
+GROWS |= {"through": ("v_seq",), "v_reset": -0.25}
 MUTATIONS = [
     # gradients of the neuron
     (SOFT | {"detach_reset": True}, "fmaf(taken, grad_v[i],", "fmaf(0, 0,"),
@@ -96,6 +98,10 @@ MUTATIONS = [
     (HARD, "soft || !fired ? 1.0f : 0.0f", "1.0f"),
     (HARD, "fmaf(-q, grad_h, grad_h)", "grad_h"),
     (SOFT, "if (GRAD_V_SEQ) grad_v[i] += grad_v_t[i];", ""),
+    # the same where they grow with every step, beyond half precision's largest number
+    (GROWS | {"norm": "batch", "layout": "transposed"}, "v - neuron.v_reset", "v"),
+    (GROWS | {"v_reset": 0.0, "layout": "images", "dtype": torch.float16}, "sums.w[i] * dw",
+     "sums.w[i] * -dw"),
     # the same of counts
     (COUNTS, "v * (1.0f - q[lane(i)]) + x", "v * q[lane(i)] + x"),
     (COUNTS | {"surrogate": "one"}, "rintf(positive > levels ? levels : positive)",
