@@ -191,6 +191,8 @@ def _why_not(node: Any, calls: int, uses: int) -> str | None:
         return f"it is called {calls} times, and has one threshold"
     if uses > 1 and isinstance(node.v_threshold, Tensor):
         return "another neuron shares its threshold"
+    if not getattr(node.surrogate_function, "spiking", True):
+        return "it gives no spikes: its surrogate has spiking=False"
     if is_parametrized(node, "v_threshold"):
         return "its threshold is parametrized"
     return why_silent(node)

@@ -187,6 +187,8 @@ def test_calibrate_reports_neurons_without_a_threshold_of_their_own():
 
 
 NONE = "no threshold gives the rate: the nearest is"
+RAMP = surrogate.ATan(spiking=False)
+NO_SPIKES = "it gives no spikes: its surrogate has spiking=False"
 BOUNDED = "no threshold from min_v_threshold=0.9 up gives the rate: the nearest is 0"
 
 
@@ -203,7 +205,8 @@ class FiresAtItsOwn(Own):
         (ALIFNode, torch.zeros(3, 5, 4), f"{NONE} 0", 1.0),
         (partial(IF, 6.0, 5.0), -torch.rand(3, 5, 4), f"{NONE} 0", 6.0),
         (partial(ALIFNode, min_v_threshold=0.9), torch.rand(3, 5, 4), BOUNDED, 1.0),
-        (neuron.LIFNode, torch.ones(3, 5, 4), f"{NONE} 0.333", None),
+        (LIF, torch.ones(3, 5, 4), f"{NONE} 0.333", None),
+        (partial(LIF, surrogate_function=RAMP), torch.rand(3, 5, 4), NO_SPIKES, 1.0),
         (FiresAtItsOwn, torch.rand(3, 5, 4), "it fires at any threshold", 1.0),
     ],
 )

@@ -134,7 +134,8 @@ def test_min_v_threshold_lets_the_threshold_recover():
 @pytest.mark.filterwarnings("ignore:backend 'numba' cannot take this call")  # float16
 @pytest.mark.parametrize("dtype", HALF)
 def test_half_keeps_float32_parameters_and_state(dtype):
-    net = nn.Sequential(nn.Linear(4, 4), ALIFNode(step_mode="m")).to(dtype)
+    with default_dtype(dtype):
+        net = nn.Sequential(nn.Linear(4, 4), ALIFNode(step_mode="m"))
     spikes = net(inputs().to(dtype))
     assert spikes.dtype == dtype
     node = net[1]
@@ -259,9 +260,3 @@ def test_a_call_refuses_bad_arguments(changed, error, message):
     if changed.keys() == {"x_seq"}:
         with pytest.raises(error, match=message):
             ALIFNode(step_mode="m")(changed["x_seq"])
-
-
-def test_half_default_dtype_gives_float32_parameters():
-    with default_dtype(torch.bfloat16):
-        node = ALIFNode()
-    assert node.w.dtype == node.v_threshold.dtype == torch.float32
