@@ -206,7 +206,7 @@ def _become(old: nn.Module, new: nn.Module) -> None:
                 # The old dictionaries themselves, so that handles to remove a hook still work.
                 hooks.update(getattr(new, name))
             vars(new)[name] = hooks
-    object.__setattr__(old, "__dict__", vars(new))
+    old.__dict__ = vars(new)
     old.__class__ = type(new)
 
 

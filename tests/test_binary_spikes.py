@@ -234,9 +234,8 @@ def test_what_keeps_a_net_from_being_spike_driven_is_listed():
     assert report.rows[-1].operation == "mv, not counted"
 
 
-@pytest.mark.parametrize("net", [nn.LSTM(4, 4), nn.Sequential(nn.LSTM(4, 4))])
-def test_what_is_not_counted_is_listed_even_if_it_reads_the_input(net):
-    with binary(net) as report:
+def test_what_is_not_counted_is_listed_even_if_it_reads_the_input():
+    with binary(net := nn.LSTM(4, 4)) as report:
         net(torch.eye(4))
     assert report.not_spiking == report.rows and "not spike-driven: " in str(report)
 
@@ -258,10 +257,8 @@ def test_attention_of_torch_is_taken_apart():
 
 @pytest.mark.parametrize("how", ["autocast", "inference_mode", "compile"])
 def test_under(how):
-    net, x = (
-        nn.Sequential(nn.Linear(4, 8), Call(multi_spike), nn.Linear(8, 2)),
-        torch.randn(5, 4) * 3,
-    )
+    net = nn.Sequential(nn.Linear(4, 8), Call(multi_spike), nn.Linear(8, 2))
+    x = torch.randn(5, 4) * 3
     called = torch.compile(net, backend="eager") if how == "compile" else net
     with torch.autocast("cpu", torch.bfloat16, how == "autocast"):
         want = net(x)
