@@ -236,7 +236,7 @@ def _why_keep(site: Site, filter: Callable[[str, nn.Module], bool] | None) -> st
     if reason := why_no_alif(node) or why_silent(node):
         return reason
     if names := compat.added_names(node, *compat.PLAIN_NEURONS):
-        return f"it has {', '.join(names)}, which ALIF lacks"
+        return f"it has its own {', '.join(names)}, which ALIF lacks"
     return "declined by filter" if filter and not filter(site.path, node) else None
 
 
@@ -245,7 +245,7 @@ def _why_no_lif(node: Any) -> str | None:
     if type(node) is not ALIFNode:
         return "a subclass of ALIFNode, whose own behaviour LIF would lose"
     if names := compat.added_names(node, ALIFNode):
-        return f"it has {', '.join(names)}, which LIF lacks"
+        return f"it has its own {', '.join(names)}, which LIF lacks"
     if node.tau is None or node.normalize:
         return "it has no state" if node.tau is None else "it divides its counts"
     if node.tau.is_meta:

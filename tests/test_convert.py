@@ -198,9 +198,11 @@ def remembering(node, name):
 LIF, PLIF = neuron.LIFNode, neuron.ParametricLIFNode
 KEPT = {
     "a subclass of LIFNode": subclass(forward=lambda self, x: x),
-    "it has penalty, scale, which": with_(subclass(penalty=lambda self: 0.0), scale=nn.ReLU()),
-    "it has mask, which ALIF lacks": with_(LIF(), mask=nn.Parameter(torch.ones(2))),
-    "it has seen, which ALIF lacks": remembering(LIF(), "seen"),
+    "it has its own penalty, scale, which": with_(
+        subclass(penalty=lambda self: 0.0), scale=nn.ReLU()
+    ),
+    "it has its own mask, which ALIF": with_(LIF(), mask=nn.Parameter(torch.ones(2))),
+    "it has its own seen, which ALIF": remembering(LIF(), "seen"),
     "its w has the shape [3, 1, 1]": with_(PLIF(), w=nn.Parameter(torch.zeros(3, 1, 1))),
     "it is parametrized": register_parametrization(PLIF(), "w", nn.Identity()),
     "not a LIF, PLIF or IF": neuron.EIFNode(),
@@ -208,6 +210,9 @@ KEPT = {
     "declined by filter": neuron.IFNode(),
     "its threshold is a tensor": with_(LIF(), v_threshold=torch.ones(3)),
     "its tau is 1.0": with_(LIF(), tau=1.0),
+    "it has its own forward, multi_step_forward, which ALIF": with_(
+        LIF(), forward=abs, multi_step_forward=abs
+    ),
     "its tau is nan": with_(LIF(), tau=math.nan),
     "its threshold is infinite": LIF(v_threshold=math.inf),
 }
@@ -330,7 +335,8 @@ REFUSED = {
     "its tau is 1 to": changed("w", 40.0),
     "tau is infinite, so that": changed("w", -128.0),
     "no ILIFNode" if not compat.INTEGER_LIF else "a finite tau": changed("w", -128.0, **OFF),
-    "it has seen, which LIF lacks": remembering(ALIFNode(), "seen"),
+    "its own seen, which LIF lacks": remembering(ALIFNode(), "seen"),
+    "its own reset, which LIF lacks": with_(ALIFNode(), reset=lambda: None),
     "it is on the meta device": ALIFNode().to("meta"),
     "it has no state": ALIFNode(levels=4, init_tau=None),
     "it divides its counts": ALIFNode(levels=4, v_reset=None, normalize=True),

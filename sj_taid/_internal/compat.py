@@ -47,12 +47,14 @@ def why_not_plain(node: nn.Module) -> str | None:
 def added_names(node: Any, *kinds: type) -> list[str]:
     """What a neuron has, apart from plain attributes, that ``kinds`` have not.
 
-    Public methods and properties of a subclass, and parameters, buffers, modules and memories.
+    Public methods and properties, of a subclass or of the neuron alone, and parameters, buffers,
+    modules and memories.
     """
     own, theirs = type(node), {name for kind in kinds for name in dir(kind)}
     names = [name for name in dir(own) if name[0] != "_" and name not in theirs]
     methods = [n for n in names if callable(v := getattr(own, n)) or isinstance(v, property)]
-    parts = (*node._parameters, *node._buffers, *node._modules, *states_of(node))
+    functions = [name for name, value in vars(node).items() if name[0] != "_" and callable(value)]
+    parts = (*functions, *node._parameters, *node._buffers, *node._modules, *states_of(node))
     return methods + [name for name in parts if name not in _PARTS]
 
 
