@@ -7,8 +7,10 @@ import shlex
 import shutil
 import signal
 import sys
+from functools import cache
 from importlib import import_module
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -18,6 +20,8 @@ from PIL import Image
 from sj_taid.__main__ import main
 from sj_taid.training import load_model, run
 from sj_taid.training.config import compose
+from sj_taid.training.evaluate import evaluate
+from sj_taid.training.task import Task
 from sj_taid.training.train import train
 from tests.metric.pixels import Pixels, classifier
 
@@ -126,34 +130,56 @@ def assert_same_weights(run_or_checkpoint, expected):
         assert torch.equal(value, expected[name]), name
 
 
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory):
-    """FAD's autoencoder is trained once for all tests."""
-    return tmp_path_factory.mktemp("cache")
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory):
+    """What metrics and losses train is trained once for all tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SJ_TAID_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def fit(folder, *overrides):
+    """Train the job of these overrides in ``folder``; returns its metrics."""
+    return train(compose("train", overrides), folder)
+
+
+def evaluated(run_or_checkpoint, *overrides):
+    """The evaluation of a checkpoint, or of a run's last one."""
+    return evaluate(compose("evaluate", [f"checkpoint={run_or_checkpoint}", *overrides]))
+
+
+def stopped_in(epoch):
+    """A context in which a training ends in this epoch, as by a cluster's time limit."""
+
+    def stop(task, *_):
+        if task.current_epoch == epoch:
+            raise SystemExit("stopped")
+
+    return mock.patch.object(Task, "on_train_batch_end", stop)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """As the processes have that a test starts: sums of more threads have other last digits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
-def tiny(cache):
-    """Compose conf/train.yaml with overrides, at a size for tests."""
+def trained(tmp_path_factory):
+    """A copy of the finished run of these overrides; each is trained once."""
 
-    def make(*overrides, tiny=True):
-        return compose("train", [*(TINY if tiny else []), f"cache_dir={cache}", *overrides])
+    @cache
+    def finish(*overrides):
+        folder = tmp_path_factory.mktemp("finished")
+        fit(folder, *overrides)
+        return folder
 
-    return make
-
-
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory, tiny):
-    """A finished run of these overrides, in a folder of its own; each is trained once."""
-    finished = {}
-
-    def make(*overrides):
-        if overrides not in finished:
-            finished[overrides] = tmp_path_factory.mktemp("finished")
-            train(tiny(*overrides, tiny=False), finished[overrides], command="", overrides=[])
-        return shutil.copytree(finished[overrides], tmp_path_factory.mktemp("copy") / "run")
-
-    return make
+    return lambda *overrides: shutil.copytree(
+        finish(*overrides), tmp_path_factory.mktemp("copy") / "run"
+    )
 
 
 @pytest.fixture

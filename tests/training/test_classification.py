@@ -1,16 +1,16 @@
 """Classification from the configs to the pictures."""
 
-import itertools
 from functools import partial
 
 import pytest
 import torch
-from hydra.utils import instantiate
 from matplotlib import image as mpimg
-from spikingjelly.activation_based.neuron import BaseNode
+from omegaconf import OmegaConf
 from torch import nn
 
 import sj_taid
+from sj_taid._internal.build import build
+from sj_taid.calibration import fixed_thresholds
 from sj_taid.model import Classifier
 from sj_taid.monitoring import tau_and_threshold
 from sj_taid.training import run, sample
@@ -18,15 +18,7 @@ from sj_taid.training import train as training
 from sj_taid.training.checkpoint import read_checkpoint
 from sj_taid.training.classification import Classification
 from sj_taid.training.config import compose
-from sj_taid.training.train import train
-from tests.training.conftest import TINY_CLASSIFICATION
-
-NEURONS = ("alif", "plif", "lif")
-
-
-@pytest.fixture
-def classify(tiny):
-    return lambda *overrides: tiny(*TINY_CLASSIFICATION, *overrides, tiny=False)
+from tests.training.conftest import TINY_CLASSIFICATION, fit
 
 
 class Learned(nn.MSELoss):
@@ -53,7 +45,11 @@ def test_train_leaves_everything(trained):
     assert run.Run(folder).config.objective in metrics
     for name in ("curves.png", "confusion.png", "parameters.png"):
         assert mpimg.imread(folder / name).std() > 0, name
-    groups = read_checkpoint(run.Run(folder).checkpoint)["optimizer_states"][0]["param_groups"]
+    checkpoint = read_checkpoint(run.Run(folder).checkpoint)
+    (epoch,) = checkpoint["callbacks"]["History"]["epochs"]
+    assert {*epoch} == {"train/accuracy", "train/loss", "val/accuracy", "val/loss"}
+    groups = checkpoint["optimizer_states"][0]["param_groups"]
+    assert groups[0]["lr"] == pytest.approx(0, abs=1e-9)  # its schedule's end
     assert [(g["name"], g["initial_lr"]) for g in groups] == [("weights", 1e-3), ("neurons", 1e-2)]
     assert len(groups[1]["params"]) == 2 * 4
     with pytest.raises(ValueError, match="sample needs task=generation, but this is a Classifier"):
@@ -61,58 +57,47 @@ def test_train_leaves_everything(trained):
 
 
 @pytest.mark.slow
-def test_train_learns_digits_under_its_schedule(tiny, tmp_path):
+def test_train_learns_digits(tmp_path):
     small = ["dataset.image_size=8", "trainer.max_epochs=3", "trainer.accelerator=cpu"]
-    metrics = train(tiny("task=classification", *small, tiny=False), tmp_path)
-    assert metrics["accuracy"] > 0.6
-    checkpoint = read_checkpoint(run.Run(tmp_path).checkpoint)
-    epochs = checkpoint["callbacks"]["History"]["epochs"]
-    assert epochs[-1]["train/loss"] < epochs[0]["train/loss"]
-    names = itertools.product(("train", "val"), ("accuracy", "loss"))
-    assert set(epochs[-1]) == {*map("/".join, names)}
-    assert checkpoint["optimizer_states"][0]["param_groups"][0]["lr"] == pytest.approx(0, abs=1e-9)
+    assert fit(tmp_path, "task=classification", *small)["accuracy"] > 0.6
 
 
-def test_train_calibrates_and_saves_thresholds(classify, tmp_path, monkeypatch):
-    before, calibrated = [], []
+def test_train_calibrates_a_new_run_alone(tmp_path, monkeypatch):
+    start = ["neuron=lif", "neuron_start.calibrate=0.1", "neuron_start.v_threshold=4.0"]
+    # A schedule that is the same when it resumes.
+    job = [*TINY_CLASSIFICATION, *start, "optimizer.lr=0.0", "task.scheduler.T_max=2"]
+    reports = []
 
-    def calibrate(net, images, *, rate):
-        before.append(list(thresholds(net).values()))
-        report = sj_taid.calibrate(net, images, rate=rate)
-        calibrated.append({row.layer: row.after.v_threshold for row in report.rows})
-        assert rate == 0.1 and {round(row.after.firing_rate, 1) for row in report.rows} == {0.1}
-        return report
+    def calibrate(*of, **how):
+        reports.append(sj_taid.calibrate(*of, **how))
+        return reports[-1]
 
     monkeypatch.setattr(training, "calibrate", calibrate)
-    start = ["neuron_start.calibrate=0.1", "neuron_start.v_threshold=4.0"]
-    # A schedule that is the same when it resumes.
-    cfg = classify("neuron=lif", *start, "optimizer.lr=0.0", "task.scheduler.T_max=2")
-    train(cfg, tmp_path)
-    assert before == [[4.0] * 4]
-    assert calibrated[0] == pytest.approx(thresholds(run.load_model(tmp_path)))
-    cfg.trainer.max_epochs = 2
-    train(cfg, tmp_path)  # resumes with the thresholds that it has
-    assert calibrated[0] == pytest.approx(thresholds(run.load_model(tmp_path)))
+    for epochs in (1, 2):
+        fit(tmp_path, *job, f"trainer.max_epochs={epochs}")
+    (report,) = reports
+    assert {row.before.v_threshold for row in report.rows} == {4.0}
+    assert {round(row.after.firing_rate, 1) for row in report.rows} == {0.1}
+    expected = {row.layer: row.after.v_threshold for row in report.rows}
+    assert fixed_thresholds(run.load_model(tmp_path)) == pytest.approx(expected)
 
 
-def thresholds(net):
-    nodes = {name: node for name, node in net.named_modules() if isinstance(node, BaseNode)}
-    return {name: tau_and_threshold(node)[1] for name, node in nodes.items()}
-
-
-def test_train_names_thresholds_at_their_bound(classify, tmp_path):
-    cfg = classify("trainer.max_epochs=0", "neuron.min_v_threshold=0.5")
+def test_train_names_thresholds_at_their_bound(tmp_path):
+    job = [*TINY_CLASSIFICATION, "trainer.max_epochs=0", "neuron.min_v_threshold=0.5"]
     with pytest.warns(UserWarning, match=r"^layers .*: threshold at its lower bound\. "):
-        train(cfg, tmp_path)
+        fit(tmp_path, *job)
 
 
-def test_compose_starts_all_neurons_alike(tiny):
-    values = []
-    for name in NEURONS:
-        node = instantiate(tiny("task=classification", f"neuron={name}", tiny=False).neuron)()
-        values.append((*tau_and_threshold(node), node.v_reset, node.decay_input))
+@pytest.mark.parametrize("name", ["alif", "plif", "lif"])
+def test_neurons_start_alike_and_at_whole_numbers(name):
+    def start(*choices):
+        cfg = compose("train", ["task=classification", f"neuron={name}", *choices])
+        node = build(OmegaConf.to_container(cfg.neuron, resolve=True))()
         assert node.detach_reset and type(node.surrogate_function).__name__ == "ATan"
-    assert values == [(2.0, 0.5, 0.0, True)] * 3
+        return *tau_and_threshold(node), node.v_reset, node.decay_input
+
+    whole = ["neuron_start.tau=2", "neuron_start.v_threshold=3", "neuron_start.v_reset=1"]
+    assert start() == (2.0, 0.5, 0.0, True) and start(*whole) == (2.0, 3.0, 1.0, True)
 
 
 class Rates(nn.Module):
@@ -125,11 +110,11 @@ class Rates(nn.Module):
         return torch.tensor([[0.0, 0.5, 0.0]]).expand(x.shape[-4], -1)
 
 
-def test_model_input_refuses_another_number_of_frames(tiny):
+def test_model_input_refuses_another_number_of_frames():
     for model in ("classifier_small", "classifier_mnist"):
         event = ["task=classification", "dataset=nmnist", f"model={model}"]
-        assert tiny(*event, tiny=False).model.T == 20
-        assert tiny(*event, "dataset.T=6", tiny=False).model.T == 6
+        assert compose("train", event).model.T == 20
+        assert compose("train", [*event, "dataset.T=6"]).model.T == 6
     task = Classification(Rates(), torch.optim.Adam, scheduler=None)
     with pytest.raises(ValueError, match=r"dataset\.T=4 frames, but model\.T=5; set dataset\.T"):
         task.training_step((torch.rand(2, 4, 2, 8, 8), torch.tensor([1, 1])), 0)

@@ -16,6 +16,7 @@ from torch._utils import ExceptionWrapper
 
 from sj_taid.__main__ import COMMANDS
 from sj_taid.training import cli, config, run
+from sj_taid.training.checkpoint import read_checkpoint
 from tests.training.conftest import UNMEASURED
 
 
@@ -52,48 +53,67 @@ def test_error_of_a_worker_is_its_message_alone():
     )
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("train optimizer.learning_rate=1", "^there is no .*rate; optimizer has lr, weight_decay"),
-        ("train epochs=3", "^there is no epochs; the .* seed,.*elsewhere: .*trainer.max_epochs"),
-        ("train neuron=plif neuron.tau=2", "^there is no neuron.tau; neuron has .* init_tau,"),
-        ("train foo.bar=2", "^there is no foo.bar; the config has .* dataset,"),
-        ("sample lable=3 checkpoint=x", "^there is no lable; the config has .* label,"),
-        (
-            "train trainer=gpu",
-            "^no GPU is found: leave trainer=gpu or accelerator= out; see .sj-taid doctor",
-        ),
-        ("train +nueron=lif", "the config has no nueron; there are .* neuron,"),
-        ("train +model.x=1", "^model: .*unexpected keyword argument 'x'"),
-        (
-            "train trainer.max_epoch=3",
-            "^there is no trainer.max_epoch; trainer has [^;]*max_epochs",
-        ),
-        ("train neuron=alef", r"Could not find 'neuron/alef'(?s:.*)alif"),
-        ("train seed=null", "^seed: input should be a valid integer, but it is None"),
-        ("train dataset=mnist hydra.run.dir=run", "no MNIST at dataset.root=data/mnist"),
-        ("train resume=nowhere", r"^resume= needs the folder of a run.*but got .*nowhere\n\(HYDRA"),
-        (
-            "train resume=nowhere hydra.run.dir=run",
-            "in its own folder; leave hydra.run.dir= and -m",
-        ),
-        ("train -m resume=nowhere seed=0,1", "in its own folder; leave hydra.run.dir= and -m"),
-        ("train neuron=alif_channel", "neuron=alif_channel is for task=classification"),
-        ("train trust=[1]", r"^trust: input should be a valid string, but it is \[1\]"),
-        ("train model.T=0", r"T must be an integer >= 1, but it is 0"),
-        ("train trainer.accelerator=tpuu", "Available names are"),
-        ("train -m seed=0 neuron._target_=os.system", r"'os\.system': no public class"),
-        ("train hydra.run.dir=file", "File exists: '.*file'"),
-        ("evaluate checkpoint=nowhere", "no checkpoint of a run at .*nowhere"),
-        ("sample", "^checkpoint= is missing: give the folder of a run"),
-        ("train seed=${nope}", "'nope' not found(?s:.*)full_key: seed"),
-        ("sample checkpoint=file +lable=3", "the config has no lable; there are .* label,"),
-        ("sample checkpoint=nowhere output=run.json", "output must name a picture"),
-        ("sample checkpoint=nowhere seed=-1", "^seed: input should be greater than or equal to 0"),
-        ("compare . nowhere", "^no folder nowhere$"),
-    ],
-)
+SWA = "lightning.pytorch.callbacks.StochasticWeightAveraging"
+#: command lines, and what each ends with
+ERRORS = {
+    "train optimizer.learning_rate=1": "^there is no .*rate; optimizer has lr, weight_decay",
+    "train epochs=3": "^there is no epochs; the .* seed,.*elsewhere: .*trainer.max_epochs",
+    "train neuron=plif neuron.tau=2": "^there is no neuron.tau; neuron has .* init_tau,",
+    "train foo.bar=2": "^there is no foo.bar; the config has .* dataset,",
+    "sample lable=3 checkpoint=x": "^there is no lable; the config has .* label,",
+    "train trainer=gpu": "^no GPU is found: leave trainer=gpu or accelerator= out; see .sj",
+    "train +nueron=lif": "the config has no nueron; there are .* neuron,",
+    "train +model.x=1": "^model: .*unexpected keyword argument 'x'",
+    "train neuron=alef": r"Could not find 'neuron/alef'(?s:.*)alif",
+    "train dataset=mnist hydra.run.dir=run": "no MNIST at dataset.root=data/mnist",
+    "train resume=nowhere": r"^resume= needs the folder of a run.*but got .*nowhere\n\(HYDRA",
+    "train resume=nowhere hydra.run.dir=run": "own folder; leave hydra.run.dir= and -m out",
+    "train -m resume=nowhere seed=0,1": "in its own folder; leave hydra.run.dir= and -m",
+    "train neuron=alif_channel": "neuron=alif_channel is for task=classification",
+    "train trust=[1]": r"^trust: input should be a valid string, but it is \[1\]",
+    "train trainer.accelerator=tpuu": "Available names are",
+    "train -m seed=0 neuron._target_=os.system": r"'os\.system': no public class",
+    "train hydra.run.dir=file": "File exists: '.*file'",
+    "evaluate checkpoint=nowhere": "no checkpoint of a run at .*nowhere",
+    "sample": "^checkpoint= is missing: give the folder of a run",
+    "train seed=${nope}": "'nope' not found(?s:.*)full_key: seed",
+    "sample checkpoint=file +lable=3": "the config has no lable; there are .* label,",
+    "sample checkpoint=nowhere output=run.json": "output must name a picture",
+    "sample checkpoint=nowhere seed=-1": "^seed: input should be greater than or equal to 0",
+    "compare . nowhere": "^no folder nowhere$",
+    "train objective=fadd": "objective=fadd is none of reconstruction",
+    "train compile=maybe": "^compile: input should be a valid boolean; .* an object, but it is",
+    "train ~metric compile={mode:banana}": "^compile=.* is not .*Unrecognized mode=",
+    "train ~metric compile={banana:1}": "^compile=.* is not .* argument 'banana'",
+    "train optimizer.lr=1e30": r"^optimizer\.lr: input should be less than or equal to 1000",
+    "train trainer.gradient_clip_val=-1": r"^trainer\.gradient_clip_val: .* greater than or equal",
+    "train trainer.limit_test_batches=0": r"^trainer\.limit_test_batches: .* greater than 0",
+    "train trainer.max_epochs=null": r"^trainer\.max_epochs: input should be a valid integer",
+    "train dataset=image_folder dataset.root=": r"^dataset\.root: .* at least 1 char.* it is ''",
+    "train dataset.seed=-1": r"^dataset\.seed: input should be greater than or equal to 0",
+    "train dataset.erase=1.5": r"^dataset\.erase: input should be less than or equal to 1",
+    "train metric.autoencoder.seed=-1": r"^metric: autoencoder\.seed: input should be greater",
+    "train model.hidden_channels=0": "^model: hidden_channels must be an integer >= 1, but it is 0",
+    "train model.image_decoder=taid": r"^model\.image_decoder: an object, by its _target_, but",
+    "train model.chroma_weight=1": "^model: chroma_weight=1 is for images of 3 channels",
+    "train neuron_start.calibrate=2": r"^neuron_start\.calibrate: input should be less than 1",
+    "train surrogate=atan surrogate.alpha=-1": r"^surrogate\.alpha: input should be greater than 0",
+    "train +callbacks.progress_bar.refresh_rate=x": r"^callbacks\.progress_bar\.refresh_rate: ",
+    "train ~metric ~logger trainer.precision=bf16-true": "bf16-true has no 32-bit",
+    "train +trainer.plugins=[]": r"^trainer\.plugins is set by the run; leave it out",
+    "train task=classification model.classes=3": r"^model\.classes=3, but dataset\.classes is 10",
+    "train task=classification decoder=taid": "makes no images, which decoder= is for; leave it",
+    "train model=fsvae_small task=classification": "FSVAE lacks classes; choose another",
+    "train task=generation model=classifier_small": "Classifier lacks training_loss, sample; ",
+    "train loss=tet": "^loss= is for task=classification; add that, or leave loss= out",
+    "train feature_loss=classifier task=classification": "^feature_loss= is for task=generation",
+    "train feature_loss=classifier dataset.classes=null": r"^feature_loss\.classes: input should",
+    "train dataset=nmnist": "takes ImageData, but dataset=nmnist is Recordings; for recordings add",
+    f"train +callbacks.swa._target_={SWA}": "other weights than the saved ones; take",
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), ERRORS.items())
 def test_cli_reports_a_users_error_without_a_traceback(
     sj_taid, tmp_path, monkeypatch, capsys, arguments, message
 ):
@@ -174,25 +194,45 @@ class CtrlC(L.Callback):
             raise KeyboardInterrupt
 
 
-def test_interrupted_runs_resume_with_their_custom_configs(train, sj_taid, tmp_path):
+def test_interrupted_run_resumes_by_the_command_that_it_names(
+    sj_taid, tmp_path, monkeypatch, capsys
+):
     custom = tmp_path / "one's own" / "callbacks"
     custom.mkdir(parents=True)
     (custom / "mine.yaml").write_text(f"ctrl_c:\n  _target_: {__name__}.CtrlC\n  epoch: 0\n")
-    folder = tmp_path / "run"
+    place = tmp_path / "place"
+    place.mkdir()
+    monkeypatch.chdir(place)
+    there = run.Run(place / "one's größe, lr=0 #2")  # not as a sweep names it
+    folder = shlex.split(config.argument("hydra.run.dir", there.folder))
+    options = ["callbacks=mine", "trainer.max_epochs=3", "--config-dir", str(custom.parent)]
     trust = f"trust=[{__name__}.CtrlC]"
     with pytest.raises(KeyboardInterrupt, match=r"Stopped\. Give the same command again"):
-        train("callbacks=mine", trust, "trainer.max_epochs=2", "--config-dir", str(custom.parent))
+        sj_taid("train", *UNMEASURED, trust, *folder, *options)
+    again = ["train", *shlex.split(config.argument("resume", there.folder))]
     # What the run says of itself is no reason to trust it.
     with pytest.raises(SystemExit, match=rf"names '{__name__}\.CtrlC'.*add trust="):
-        sj_taid("train", f"resume={folder}")
-    message = re.escape(f"Resume with: sj-taid train resume={folder}") + "$"
-    with pytest.raises(KeyboardInterrupt, match=message):
-        sj_taid("train", f"resume={folder}", "+callbacks.ctrl_c.epoch=1", trust)
-    with pytest.raises(KeyboardInterrupt, match="Stopped"):
-        sj_taid("train", f"resume={folder}", trust)  # its config is the last one
-    sj_taid("train", f"resume={folder}", "callbacks=quiet")
-    metrics = run.Run(folder).metrics
-    assert metrics["epochs"] == 2 and metrics["choices"]["callbacks"] == "mine"
+        sj_taid(*again)
+    for more in (["+callbacks.ctrl_c.epoch=2"], []):  # its config is the last one
+        with pytest.raises(KeyboardInterrupt, match=r"^Stopped\. Resume with: ") as stopped:
+            sj_taid(*again, trust, *more)
+        assert shlex.split(str(stopped.value).partition("sj-taid ")[2]) == again
+    before = read_checkpoint(there.checkpoint)
+    with pytest.raises(SystemExit, match="must be at least the 2 epochs that are trained"):
+        sj_taid(*again, trust, "trainer.max_epochs=1")
+    assert there.config.trainer.max_epochs == 3 and not there.is_finished
+
+    sj_taid(*again, "callbacks=quiet", "trainer.max_epochs=4")
+    metrics, resumed = there.metrics, read_checkpoint(there.checkpoint)
+    assert metrics["epochs"] == 4 and metrics["choices"]["callbacks"] == "mine"
+    assert metrics["training_seconds"] > before["callbacks"]["Stopwatch"]["time_elapsed"]["train"]
+    history, earlier = (saved["callbacks"]["History"] for saved in (resumed, before))
+    assert len(history["neurons"]) == 5 and len(history["epochs"]) == 4
+    assert history["epochs"][:2] == earlier["epochs"] and resumed["global_step"] == 2 * 4
+    assert [path.name for path in place.iterdir()] == [there.folder.name]
+    assert "Epoch" not in capsys.readouterr().out  # since these callbacks have no progress bar
+    sj_taid(*again)
+    assert "finished already" in capsys.readouterr().out and there.metrics == metrics
 
 
 def test_resume_refuses_what_the_run_does_not_have(trained, sj_taid):
@@ -231,9 +271,6 @@ def test_run_without_a_terminal_speaks(train, caplog):
     caplog.clear()
     train("trainer.max_epochs=3")
     assert "resumes after epoch 2 of 3" in caplog.text and "Epoch 3 of 3" in caplog.text
-    caplog.clear()
-    train("trainer.max_epochs=4", "callbacks=quiet")
-    assert "Epoch" not in caplog.text
 
 
 def test_train_without_epochs_and_progress_bar(train, tmp_path, caplog, monkeypatch):

@@ -10,9 +10,10 @@ from omegaconf import OmegaConf
 from spikingjelly.activation_based.neuron import LIFNode
 
 from sj_taid._internal.build import find_class
-from sj_taid.data import Data, Samples
+from sj_taid.data import Samples
 from sj_taid.training import compare
 from sj_taid.training.config import compose
+from sj_taid.training.parts import Parts
 from sj_taid.training.train import train
 from tests.training.conftest import CONF, TINY, TINY_CLASSIFICATION
 
@@ -61,40 +62,29 @@ def test_recipe_composes(command):
         instantiate(part)
 
 
-def subclasses(cls):
-    return {cls, *(deeper for child in cls.__subclasses__() for deeper in subclasses(child))}
-
-
 @pytest.fixture
 def random_data(monkeypatch):
     """Random samples, as many as a flow needs, in place of every data set's own."""
 
-    def load(self):
-        torch.manual_seed(0)
-        frames = [self.T] if hasattr(self, "T") else []
-        shape = (30, *frames, self.channels, self.image_size, self.image_size)
-        samples = Samples(
-            torch.randint(0, 256, shape, dtype=torch.uint8), torch.arange(30) % (self.classes or 1)
-        )
-        return samples, samples
+    def load_data(parts):
+        data = parts.data
+        frames = [data.T] if hasattr(data, "T") else []
+        shape = (30, *frames, data.channels, data.image_size, data.image_size)
+        images = torch.randint(0, 256, shape, dtype=torch.uint8)
+        samples = Samples(images, torch.arange(30) % (data.classes or 1))
+        data.prepare_data, data.load = lambda: None, lambda: (samples, samples)
+        data.setup()
+        return data
 
-    for cls in (Data, *subclasses(Data)):
-        monkeypatch.setattr(cls, "prepare_data", lambda self: None)
-        monkeypatch.setattr(cls, "load", load)
+    monkeypatch.setattr(Parts, "load_data", load_data)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_recipe_trains(tiny, random_data, tmp_path, kind):
-    cfg = tiny("pictures=false", *f"experiment={kind}".split(), tiny=False)
-    sizes = [
-        *TINY,
-        *TINY_CLASSIFICATION,
-        "dataset.T=2",
-        "dataset.num_workers=0",
-        "model.flow_epochs=1",
-    ]
-    for override in sizes:
+def test_recipe_trains(random_data, tmp_path, kind):
+    cfg = compose("train", ["pictures=false", *f"experiment={kind}".split()])
+    small = ["dataset.T=2", "dataset.num_workers=0", "model.flow_epochs=1"]
+    for override in [*TINY, *TINY_CLASSIFICATION, *small]:
         key, _, value = override.partition("=")
         if OmegaConf.select(cfg, key) is not None and key not in ("task", "model", "pictures"):
             OmegaConf.update(cfg, key, OmegaConf.create(f"x: {value}").x)
@@ -120,12 +110,12 @@ OWN = {
 }
 
 
-def test_custom_data_set_neuron_metric_and_recipe_are_a_file_each(tiny, tmp_path):
+def test_custom_data_set_neuron_metric_and_recipe_are_a_file_each(tmp_path):
     for group, text in OWN.items():
         (tmp_path / group).mkdir()
         (tmp_path / group / "own.yaml").write_text(text)
     there = f"hydra.searchpath=[file://{tmp_path}]"
-    cfg = tiny(there, "experiment=own", tiny=False)
+    cfg = compose("train", [there, "experiment=own"])
     data = instantiate(cfg.dataset)
     assert (data.name, data.num_workers, cfg.trainer.max_epochs) == ("own", 0, 2)
     model = instantiate(cfg.model)
@@ -133,5 +123,5 @@ def test_custom_data_set_neuron_metric_and_recipe_are_a_file_each(tiny, tmp_path
     assert {node.v_threshold for node in model.modules() if isinstance(node, LIFNode)} == {0.7}
     evaluator = instantiate(cfg.metric)
     assert (evaluator.samples, evaluator.autoencoder["latent_channels"]) == (50, 16)
-    assert tiny(there, "dataset=own", tiny=False).metric.samples == 5000  # grey, by default
-    assert tiny(there, "dataset=own", "task=classification", tiny=False).get("metric") is None
+    assert compose("train", [there, "dataset=own"]).metric.samples == 5000  # grey, by default
+    assert "metric" not in compose("train", [there, "dataset=own", "task=classification"])

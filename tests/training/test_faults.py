@@ -16,10 +16,11 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from sj_taid.training import run
-from sj_taid.training.train import train
 from tests.training.conftest import (
+    UNMEASURED,
     assert_same_weights,
     exit_code,
+    fit,
     run_command,
     weights,
     write_images,
@@ -28,13 +29,10 @@ from tests.training.conftest import (
 #: what draws random numbers: the order, augmentation, dropped steps, the posterior's samples,
 #: scheduled sampling; on files that a process loads
 JOB = [
-    "~metric", "model=fsvae_small", "model.T=3", "model.hidden_channels=4",
-    "model.latent_channels=5", "model.k=3", "dataset=image_folder", "dataset.channels=1",
-    "dataset.image_size=8", "dataset.augment=affine", "dataset.batch_size=2",
-    "dataset.num_workers=1", "trainer.max_epochs=3", "trainer.accelerator=cpu",
-    "trainer.limit_train_batches=3", "trainer.limit_val_batches=1", "trainer.limit_test_batches=1",
-    "callbacks=quiet", "pictures=false", "~logger",
-]  # fmt: skip
+    *(*UNMEASURED, "dataset=image_folder", "dataset.channels=1", "dataset.augment=affine"),
+    *("dataset.batch_size=2", "dataset.num_workers=1", "trainer.max_epochs=3"),
+    *("trainer.limit_train_batches=3", "callbacks=quiet", "~logger"),
+]
 QUIET = ["hydra/job_logging=none", "hydra/hydra_logging=none"]
 
 
@@ -62,10 +60,8 @@ def press_ctrl_c(trainer):
 
 
 def spoil_loss(trainer):
-    trainer.lightning_module.model.training_loss = lambda *_: {
-        "loss": torch.tensor(torch.nan),
-        "image": None,
-    }
+    nan = {"loss": torch.tensor(torch.nan), "image": None}
+    trainer.lightning_module.model.training_loss = lambda *_: nan
 
 
 def fill_disk(trainer):
@@ -134,18 +130,13 @@ def with_fault(name):
     return [f"{bar}._target_={__name__}.Strike", f"{bar}.name='{name}'", TRUST]
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 @pytest.fixture(autouse=True)
 def _no_mount_stays(tmp_path):
     yield
     unmount(tmp_path / "run")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -157,10 +148,10 @@ def job(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tiny, job, tmp_path_factory):
+def undisturbed(job, tmp_path_factory):
     """The metrics and weights of the run that nothing happens to."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    metrics = train(tiny(*job, tiny=False), folder)
+    metrics = fit(folder, *job)
     assert not {"tensorboard", "csv", "lightning_logs"} & {path.name for path in folder.iterdir()}
     return metrics, weights(folder)
 
@@ -212,18 +203,18 @@ def test_run_ends_as_if_the_fault_had_not_happened(
     [("stopping_threshold: 100", 0, 1), ("min_delta: 100, patience: 1", 3, 3)],
 )
 def test_run_that_early_stopping_has_ended_stays_ended(
-    when, least, epochs, job, tiny, tmp_path, monkeypatch
+    when, least, epochs, job, tmp_path, monkeypatch
 ):
     options = f"monitor: val/reconstruction, {when}"
     stop = f"{{_target_: lightning.pytorch.callbacks.EarlyStopping, {options}}}"
     length = ["trainer.max_epochs=6", f"+trainer.min_epochs={least}", "dataset.num_workers=0"]
-    cfg = tiny(*job, f"+callbacks.stop={stop}", *length, tiny=False)
+    job = [*job, f"+callbacks.stop={stop}", *length]
     with monkeypatch.context() as patch:
         patch.setattr(run.Run, "save_metrics", lambda *_: press_ctrl_c(None))
         with pytest.raises(KeyboardInterrupt):
-            train(cfg, tmp_path)
+            fit(tmp_path, *job)
     left = torch.load(run.Run(tmp_path).checkpoint, weights_only=True)
-    assert train(cfg, tmp_path)["epochs"] == left["epoch"] + 1 == epochs
+    assert fit(tmp_path, *job)["epochs"] == left["epoch"] + 1 == epochs
 
 
 #: torchrun --standalone --nproc-per-node=2, whose processes begin with the imports done

@@ -6,15 +6,14 @@ import sqlite3
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from sj_taid.training.train import train
-from tests.training.conftest import TINY_CLASSIFICATION, UNMEASURED
+from tests.training.conftest import TINY_CLASSIFICATION, UNMEASURED, fit
 
 
 @pytest.mark.slow
-def test_mlflow_has_config_and_metrics(tiny, tmp_path, monkeypatch):
+def test_mlflow_has_config_and_metrics(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    metrics = train(tiny(*UNMEASURED, "logger=mlflow", tiny=False), tmp_path)
+    metrics = fit(tmp_path, *UNMEASURED, "logger=mlflow")
     with sqlite3.connect("mlflow.db") as store:
         rates = store.execute("SELECT value FROM params WHERE key='optimizer/lr'").fetchall()
         saved = store.execute("SELECT value FROM metrics WHERE key='reconstruction'").fetchall()
@@ -22,15 +21,12 @@ def test_mlflow_has_config_and_metrics(tiny, tmp_path, monkeypatch):
     assert not (tmp_path / "tensorboard").exists()
 
 
-def test_resumed_run_has_config_and_metrics_in_a_csv_log_of_its_own(tiny, tmp_path):
-    def fit(epochs):
-        choices = [*UNMEASURED, "logger=csv", f"trainer.max_epochs={epochs}"]
-        return train(tiny(*choices, tiny=False), tmp_path)
-
-    fit(2)
+def test_resumed_run_has_config_and_metrics_in_a_csv_log_of_its_own(tmp_path):
+    job = [*UNMEASURED, "logger=csv"]
+    fit(tmp_path, *job, "trainer.max_epochs=2")
     before = (tmp_path / "csv" / "version_0" / "metrics.csv").read_text()
-    assert fit(1)["epochs"] == 2  # it is finished
-    metrics = fit(3)
+    assert fit(tmp_path, *job)["epochs"] == 2  # it is finished
+    metrics = fit(tmp_path, *job, "trainer.max_epochs=3")
     first, second = sorted(tmp_path.glob("csv/*/metrics.csv"))
     assert first.read_text() == before
     rows = [row for path in (first, second) for row in csv.DictReader(path.open())]
@@ -54,10 +50,10 @@ def test_tensorboard_has_each_layers_state_and_pictures(trained):
 
 
 @pytest.mark.slow
-def test_wandb_has_a_run_for_each_job_of_a_sweep(sj_taid, cache, tmp_path, monkeypatch):
+def test_wandb_has_a_run_for_each_job_of_a_sweep(sj_taid, tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    options = [*UNMEASURED, f"cache_dir={cache}", f"hydra.sweep.dir={tmp_path}"]
-    sj_taid("train", "-m", "logger=wandb", "seed=0,1", *options)
+    sweep = ["-m", "logger=wandb", "seed=0,1", f"hydra.sweep.dir={tmp_path}"]
+    sj_taid("train", *sweep, *UNMEASURED)
     assert len(list(tmp_path.glob("*/wandb/offline-run-*/*.wandb"))) == 2
     assert wandb.run is None

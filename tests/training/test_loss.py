@@ -8,10 +8,10 @@ from torch.nn import functional as F
 
 from sj_taid.training import run
 from sj_taid.training.checkpoint import read_checkpoint
+from sj_taid.training.config import compose
 from sj_taid.training.loss import TET, FeatureLoss
 from sj_taid.training.parts import build_parts
-from sj_taid.training.train import train
-from tests.training.conftest import CONF, TINY_CLASSIFICATION, TINY_ESVAE
+from tests.training.conftest import CONF, TINY_CLASSIFICATION, TINY_ESVAE, fit
 
 # One sample of class 0 at two steps: softmax (1/2, 1/2), then (3/4, 1/4).
 OUTPUTS = torch.tensor([[[0.0, 0.0]], [[math.log(3), 0.0]]])
@@ -20,22 +20,27 @@ CROSS_ENTROPY = (math.log(2) + math.log(4 / 3)) / 2
 DISTANCE = (1 + 1 + (math.log(3) - 1) ** 2 + 1) / 4  # to 1
 
 
-@pytest.mark.parametrize("share", [0.0, 0.05, 1.0])
-def test_tet_equals_a_value_worked_by_hand(share):
-    expected = (1 - share) * CROSS_ENTROPY + share * DISTANCE
-    assert TET(mse_share=share)(OUTPUTS, TARGET).item() == pytest.approx(expected)
+# Smoothed by 0.2, the label is (0.9, 0.1).
+SMOOTHED = CROSS_ENTROPY + 0.1 * math.log(3) / 2
 
 
-def test_tet_takes_phi_and_label_smoothing():
-    assert TET(mse_share=1.0, phi=0.0)(OUTPUTS, TARGET).item() == pytest.approx(
-        math.log(3) ** 2 / 4
-    )
-    # Smoothed by 0.2, the label is (0.9, 0.1), as it may also be given.
-    smoothed = TET(mse_share=0.0, label_smoothing=0.2)(OUTPUTS, TARGET)
-    by_hand = CROSS_ENTROPY + 0.1 * math.log(3) / 2
-    assert smoothed.item() == pytest.approx(by_hand)
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"mse_share": 0.0}, CROSS_ENTROPY),
+        ({}, 0.95 * CROSS_ENTROPY + 0.05 * DISTANCE),
+        ({"mse_share": 1.0}, DISTANCE),
+        ({"mse_share": 1.0, "phi": 0.0}, math.log(3) ** 2 / 4),
+        ({"mse_share": 0.0, "label_smoothing": 0.2}, SMOOTHED),
+    ],
+)
+def test_tet_equals_a_value_worked_by_hand(options, expected):
+    assert TET(**options)(OUTPUTS, TARGET).item() == pytest.approx(expected)
+
+
+def test_tet_takes_mixed_labels():
     mixed = TET(mse_share=0.0)(OUTPUTS, torch.tensor([[0.9, 0.1]]))
-    assert mixed.item() == pytest.approx(by_hand)
+    assert mixed.item() == pytest.approx(SMOOTHED)
 
 
 def test_tet_refuses_a_share_out_of_its_range():
@@ -46,12 +51,11 @@ def test_tet_refuses_a_share_out_of_its_range():
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "loss").glob("*.yaml")))
-def test_loss_config_trains(tiny, tmp_path, name):
+def test_loss_config_trains(tmp_path, name):
     data = ["dataset.mixup=0.2", "dataset.erase=0.5"]
-    cfg = tiny(*TINY_CLASSIFICATION, f"loss={name}", "optimizer=sgd", *data, tiny=False)
     if name != "mse":  # which has nothing to smooth
-        cfg.loss.label_smoothing = 0.1
-    metrics = train(cfg, tmp_path)
+        data.append("loss.label_smoothing=0.1")
+    metrics = fit(tmp_path, *TINY_CLASSIFICATION, f"loss={name}", "optimizer=sgd", *data)
     assert metrics["loss"] > 0 and 0 <= metrics["accuracy"] <= 1
     last = run.load_model(tmp_path).head[-1]
     assert isinstance(last, torch.nn.Linear) == (name != "mse")  # currents, or rates
@@ -72,14 +76,8 @@ def test_feature_loss_is_the_error_after_each_block():
     torch.testing.assert_close(loss.state_dict(), before, rtol=0, atol=0)  # batch norms too
 
 
-@pytest.fixture(scope="module")
-def digits(tiny):
-    data = build_parts(tiny("dataset.image_size=16")).data
-    data.setup()
-    return data
-
-
-def test_classifier_learns_and_is_cached(digits, tmp_path, caplog):
+def test_classifier_learns_and_is_cached(tmp_path, caplog):
+    digits = build_parts(compose("train", ["dataset.image_size=16"])).load_data()
     caplog.set_level("INFO")
     first, second = (FeatureLoss(1, 10, cache_dir=tmp_path) for _ in range(2))
     torch.manual_seed(7)
@@ -94,9 +92,9 @@ def test_classifier_learns_and_is_cached(digits, tmp_path, caplog):
     torch.testing.assert_close(second.state_dict(), trained, rtol=0, atol=0)
 
 
-def test_run_has_a_feature_loss(tiny, tmp_path):
-    job = [*TINY_ESVAE, "model.sample_from=learned", "trainer.limit_train_batches=2"]
-    train(tiny(*job, "feature_loss=classifier", tiny=False), tmp_path)
+def test_run_has_a_feature_loss(tmp_path):
+    short = ["model.sample_from=learned", "trainer.limit_train_batches=2"]
+    fit(tmp_path, *TINY_ESVAE, *short, "feature_loss=classifier")
     state = read_checkpoint(run.Run(tmp_path).checkpoint)
     assert "feature_loss.blocks.0.0.weight" in state["state_dict"]
     (epoch,) = state["callbacks"]["History"]["epochs"]

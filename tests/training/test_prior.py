@@ -4,7 +4,6 @@ from functools import partial
 from types import SimpleNamespace
 from unittest import mock
 
-import lightning as L
 import pytest
 import torch
 from torch.optim import Adam
@@ -15,8 +14,7 @@ from sj_taid.training import plot, sample
 from sj_taid.training.config import compose
 from sj_taid.training.generation import ENOUGH_OF_A_CLASS, Generation
 from sj_taid.training.run import Run, load_model
-from sj_taid.training.train import train
-from tests.training.conftest import TINY_ESVAE
+from tests.training.conftest import TINY_ESVAE, fit, stopped_in
 
 SMALL = {"image_size": 8, "T": 2, "hidden_channels": 4, "latent_channels": 3}
 ADAM = partial(Adam, lr=1e-3)
@@ -34,11 +32,6 @@ def finished(trained):
     return trained(*TINY_ESVAE, "pictures=true")
 
 
-@pytest.fixture
-def esvae(tiny):
-    return lambda *overrides: tiny(*TINY_ESVAE, *overrides, tiny=False)
-
-
 def test_train_fits_the_flow_and_measures_both_priors(finished):
     assert load_model(finished).flow.fitted
     metrics = Run(finished).metrics
@@ -49,16 +42,17 @@ def test_train_fits_the_flow_and_measures_both_priors(finished):
     assert load_model(finished).labels == [*range(10)]
 
 
-def test_train_without_a_flow(esvae, tmp_path, finished):
-    metrics, other = train(esvae("model.sample_from=learned"), tmp_path), Run(finished).metrics
+def test_train_without_a_flow(tmp_path, finished):
+    metrics = fit(tmp_path, *TINY_ESVAE, "model.sample_from=learned")
+    other = Run(finished).metrics
     assert metrics["prior"] == "learned" and "fad_learned" not in metrics
     assert metrics["parameters"] < other["parameters"]  # the flow's too
     assert metrics["fad"] == other["fad_learned"]
 
 
-def test_train_needs_enough_images_for_the_prior(esvae, tmp_path):
+def test_train_needs_enough_images_for_the_prior(tmp_path):
     with pytest.raises(ValueError, match="a flow needs the rates of at least 10 images, but got 8"):
-        train(esvae("dataset.limit=8"), tmp_path)
+        fit(tmp_path, *TINY_ESVAE, "dataset.limit=8")
     assert not (tmp_path / "checkpoints").exists()
 
 
@@ -137,59 +131,48 @@ def test_generation_prior_lr_scale(lr_scale, expected):
 
 
 @pytest.mark.slow
-def test_resumed_run_fits_the_flow_that_a_kill_prevented(esvae, tmp_path, monkeypatch, finished):
+def test_resumed_run_fits_the_flow_that_a_kill_prevented(tmp_path, monkeypatch, finished):
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(Generation, "fit_prior", lambda *_: 1 / 0)  # as a kill after the training
-        train(esvae(), tmp_path)
+        fit(tmp_path, *TINY_ESVAE)
     assert not load_model(tmp_path).flow.fitted
-    metrics = train(esvae(), tmp_path)
+    metrics = fit(tmp_path, *TINY_ESVAE)
     assert metrics["fad"] == Run(finished).metrics["fad"]
     assert load_model(tmp_path).flow.fitted
 
 
 @pytest.mark.slow
-def test_train_fits_the_flow_to_averaged_weights(esvae, tmp_path):
+def test_train_fits_the_flow_to_averaged_weights(tmp_path):
     average = "lightning.pytorch.callbacks.EMAWeightAveraging"
     averaged = [f"+callbacks.ema._target_={average}", "+callbacks.ema.decay=1"]
     short = ["trainer.limit_train_batches=3", "trainer.max_epochs=2"]
-    cfg = esvae(*averaged, *short, "optimizer.lr=1")
-    metrics = train(cfg, tmp_path)
+    job = [*TINY_ESVAE, *averaged, *short, "optimizer.lr=1"]
+    metrics = fit(tmp_path, *job)
     assert metrics["fad"] > 0
     assert load_model(tmp_path).flow.cumulative.unique().numel() > 2
 
     # Killed before its metrics it has no epoch left, and measures the averaged weights still.
     (tmp_path / "metrics.json").unlink()
-    assert train(cfg, tmp_path)["fad"] == metrics["fad"]
+    assert fit(tmp_path, *job)["fad"] == metrics["fad"]
 
 
 def weight_of(folder):
     return load_model(folder).flow.velocity.last.weight
 
 
-class Stop(L.Callback):
-    """Ends a run of four epochs in its third."""
-
-    def on_train_epoch_start(self, trainer, task):
-        if trainer.max_epochs == 4 and trainer.current_epoch == 2:
-            raise SystemExit("stopped")
-
-
 @pytest.mark.slow
 def test_resumed_finished_run_is_unfinished_until_it_ends(folder, sj_taid):
     there = Run(folder)
     shorter, config, weight = there.metrics, there.config, weight_of(folder)
-    longer, trust = (
-        ["train", f"resume={folder}", "trainer.max_epochs=4"],
-        f"trust=[{__name__}.Stop]",
-    )
+    longer = ["train", f"resume={folder}", "trainer.max_epochs=4"]
     with pytest.raises(SystemExit, match=r"without dataset\.validation=; leave it out"):
         sj_taid(*longer, "dataset.validation=0.5")
     assert there.metrics == shorter and there.config == config
 
-    with pytest.raises(SystemExit, match="Stopped"):
-        sj_taid(*longer, f"+callbacks.stop._target_={__name__}.Stop", trust)
+    with stopped_in(2), pytest.raises(SystemExit, match="Stopped"):
+        sj_taid(*longer)
     assert not there.is_finished and there.config.trainer.max_epochs == 4
     assert not load_model(folder).flow.fitted  # that of the first epoch's encoder
-    sj_taid(*longer[:-1], "trainer.max_epochs=3", trust)
+    sj_taid(*longer, "trainer.max_epochs=3")
     assert there.metrics["epochs"] == 3
     assert not torch.equal(weight_of(folder), weight)

@@ -2,59 +2,46 @@
 
 import json
 import shutil
+from unittest import mock
 
-import lightning as L
 import pytest
 import torch
 
 from sj_taid.data import Digits
 from sj_taid.training import compare, evaluator, run
 from sj_taid.training.checkpoint import read_checkpoint
+from sj_taid.training.classification import Classification
 from sj_taid.training.config import compose
-from sj_taid.training.evaluate import evaluate
-from sj_taid.training.train import train
 from tests.training.conftest import (
+    TINY,
     TINY_CLASSIFICATION,
     UNMEASURED,
     Network,
     assert_same_weights,
+    evaluated,
+    fit,
+    stopped_in,
     weights,
 )
 
 #: It learns something in two epochs.
 JOB = [
-    *TINY_CLASSIFICATION, "model.hidden=32", "model.dropout=[0,0]", "optimizer.lr=1e-2",
-    "trainer.max_epochs=4", "trainer.limit_train_batches=20", "trainer.limit_val_batches=null",
-    "trainer.limit_test_batches=null",
-]  # fmt: skip
+    *(*TINY_CLASSIFICATION, "model.hidden=32", "model.dropout=[0,0]", "optimizer.lr=1e-2"),
+    *("trainer.max_epochs=4", "trainer.limit_train_batches=20"),
+    *("trainer.limit_val_batches=null", "trainer.limit_test_batches=null"),
+]
 
 
-class Spoil(L.Callback):
-    """Forgets everything from the third epoch on, so the best epoch is not the last."""
+def fit_spoiled(folder, *overrides):
+    """Train what forgets everything in its third epoch, so the best epoch is not the last."""
 
-    def on_train_epoch_start(self, trainer, task):
-        if trainer.current_epoch == 2:
+    def forget(task):
+        if task.current_epoch == 2:
             for parameter in task.parameters():
                 parameter.data.zero_()
 
-
-class Kill(L.Callback):
-    """Ends the run in its last epoch."""
-
-    def on_train_batch_end(self, trainer, *_):
-        if trainer.current_epoch == 3:
-            raise SystemExit("killed")
-
-
-def with_callbacks(*classes):
-    names = {cls.__name__: f"{__name__}.{cls.__name__}" for cls in classes}
-    callbacks = [f"+callbacks.{key}._target_={name}" for key, name in names.items()]
-    return [*callbacks, f"trust=[{','.join(names.values())}]"]
-
-
-@pytest.fixture
-def job(tiny):
-    return lambda *overrides: tiny(*JOB, *overrides, tiny=False)
+    with mock.patch.object(Classification, "on_train_epoch_start", forget):
+        return fit(folder, *JOB, *overrides)
 
 
 def logged(folder, name):
@@ -62,13 +49,8 @@ def logged(folder, name):
     return [epoch[name] for epoch in checkpoint["callbacks"]["History"]["epochs"]]
 
 
-def evaluated(checkpoint):
-    cfg = compose("evaluate", [f"checkpoint={checkpoint}", "trainer.accelerator=cpu"])
-    return evaluate(cfg)
-
-
 @pytest.fixture(scope="module")
-def spoiled(tiny, tmp_path_factory):
+def spoiled(tmp_path_factory):
     """A finished run, and in which functions of the trainer it read the test set."""
     folder, tested_in = tmp_path_factory.mktemp("spoiled"), set()
     with pytest.MonkeyPatch.context() as patch:
@@ -78,7 +60,7 @@ def spoiled(tiny, tmp_path_factory):
             "test_dataloader",
             lambda self: tested_in.add(self.trainer.state.fn.value) or test_dataloader(self),
         )
-        train(tiny(*JOB, *with_callbacks(Spoil), tiny=False), folder, command="")
+        fit_spoiled(folder)
     return folder, tested_in
 
 
@@ -109,8 +91,8 @@ def test_best_validation_epoch_is_saved_and_tested(spoiled, tmp_path):
     assert {name: read[name] for name in metrics} == metrics
 
 
-def test_best_test_epoch_counts_without_a_validation_set(job, tmp_path):
-    metrics = train(job("dataset.validation=null", *with_callbacks(Spoil)), tmp_path)
+def test_best_test_epoch_counts_without_a_validation_set(tmp_path):
+    metrics = fit_spoiled(tmp_path, "dataset.validation=null")
     values = logged(tmp_path, "val/accuracy")
     assert metrics["accuracy_best_test_epoch"] == max(values) > 2 * metrics["accuracy"]
     assert metrics["accuracy"] == pytest.approx(values[-1])
@@ -121,10 +103,9 @@ def test_best_test_epoch_counts_without_a_validation_set(job, tmp_path):
 
 
 @pytest.mark.slow
-def test_epochs_without_validation_have_no_metrics_of_it(job, tmp_path):
+def test_epochs_without_validation_have_no_metrics_of_it(tmp_path):
     every_second = ["trainer.check_val_every_n_epoch=2", "trainer.max_epochs=3", "pictures=true"]
-    cfg = job("dataset.validation=0.1", "trainer.limit_train_batches=2", *every_second)
-    metrics = train(cfg, str(tmp_path))
+    metrics = fit(str(tmp_path), *JOB, "trainer.limit_train_batches=2", *every_second)
     checkpoint = read_checkpoint(run.Run(tmp_path).checkpoint)
     values = [epoch.get("val/loss") for epoch in checkpoint["callbacks"]["History"]["epochs"]]
     assert values == [None, metrics["validation_loss"], None]
@@ -132,12 +113,12 @@ def test_epochs_without_validation_have_no_metrics_of_it(job, tmp_path):
 
 
 @pytest.mark.slow
-def test_best_validation_epoch_survives_a_kill(job, spoiled, tmp_path):
+def test_best_validation_epoch_survives_a_kill(spoiled, tmp_path):
     undisturbed = run.Run(spoiled[0]).metrics
-    with pytest.raises(SystemExit, match="killed"):
-        train(job(*with_callbacks(Spoil, Kill)), tmp_path / "run")
+    with stopped_in(3), pytest.raises(SystemExit):
+        fit_spoiled(tmp_path / "run")
     assert not list(tmp_path.rglob(".*.tmp"))
-    metrics = train(job(*with_callbacks(Spoil)), tmp_path / "run")
+    metrics = fit_spoiled(tmp_path / "run")
     for name in ("best_validation_epoch", "accuracy_best_validation_epoch", "validation_accuracy"):
         assert metrics[name] == undisturbed[name], name
     for checkpoint in ("best", "last"):
@@ -146,24 +127,24 @@ def test_best_validation_epoch_survives_a_kill(job, spoiled, tmp_path):
     # A folder that is moved keeps its best epoch.
     (tmp_path / "run").rename(tmp_path / "moved")
     schedule = "task.scheduler.T_max=4"  # the run's own, which it keeps
-    longer = train(job("trainer.max_epochs=5", schedule), tmp_path / "moved")
+    longer = fit(tmp_path / "moved", *JOB, "trainer.max_epochs=5", schedule)
     assert longer["epochs"] == 5
     for name in ("best_validation_epoch", "accuracy_best_validation_epoch"):
         assert longer[name] == undisturbed[name], name
 
 
-def test_validation_set_is_for_classifiers_by_default(tiny):
+def test_validation_set_is_for_classifiers_by_default():
     for task, share in (("generation", None), ("classification", 0.1)):
-        assert tiny(f"task={task}", tiny=False).dataset.validation == share
+        assert compose("train", [f"task={task}"]).dataset.validation == share
 
 
-def test_generator_is_measured_on_validation_images_by_fad_alone(tiny, tmp_path, monkeypatch):
+def test_generator_is_measured_on_validation_images_by_fad_alone(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"FAD.* need at least 6 images, but .* is 3"):
-        train(tiny("dataset.validation=0.002"), tmp_path / "few")
+        fit(tmp_path / "few", *TINY, "dataset.validation=0.002")
     monkeypatch.setattr(evaluator, "Inception", Network)
     inception = ["metric.inception_weights=weights.pth", "metric.samples=10"]
-    cfg = tiny("dataset.validation=0.005", "objective=validation_fad", *inception)
-    metrics = train(cfg, tmp_path)
+    validated = ["dataset.validation=0.005", "objective=validation_fad"]
+    metrics = fit(tmp_path, *TINY, *validated, *inception)
     assert metrics["validation_fad"] > 0 and metrics["validation_fad"] != metrics["fad"]
     assert metrics["fid"] > 0 and "validation_fid" not in metrics
     assert metrics["validation_reconstruction"] == logged(tmp_path, "val/reconstruction")[-1]
@@ -174,10 +155,10 @@ def test_generator_is_measured_on_validation_images_by_fad_alone(tiny, tmp_path,
     assert not run.Run(tmp_path).best.exists()
 
 
-def test_generator_whose_samples_are_not_measured_is_drawn(tiny, tmp_path):
+def test_generator_whose_samples_are_not_measured_is_drawn(tmp_path):
     monitor = "+callbacks.lr._target_=lightning.pytorch.callbacks.LearningRateMonitor"
     options = [monitor, "pictures=true", "dataset.validation=0.1"]
-    metrics = train(tiny(*UNMEASURED, *options, tiny=False), tmp_path)
+    metrics = fit(tmp_path, *UNMEASURED, *options)
     (epoch,) = read_checkpoint(run.Run(tmp_path).checkpoint)["callbacks"]["History"]["epochs"]
     assert epoch and all(name.startswith(("train/", "val/")) for name in epoch)
     pictures = {path.name for path in tmp_path.glob("*.png")}

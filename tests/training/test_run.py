@@ -17,12 +17,15 @@ from sj_taid.training.checkpoint import read_checkpoint
 from sj_taid.training.config import compose
 from sj_taid.training.files import _LogFile, atomic_write
 from sj_taid.training.parts import build_parts
-from sj_taid.training.train import train
-from tests.training.conftest import TINY_CLASSIFICATION
+from tests.training.conftest import TINY_CLASSIFICATION, fit
 
 
 class MyLIF(neuron.LIFNode):
     """A custom neuron."""
+
+
+MINE = f"{__name__}.MyLIF"
+FOREIGN = [*TINY_CLASSIFICATION, "neuron=lif", f"neuron._target_={MINE}"]
 
 
 def plain(cfg):
@@ -82,28 +85,28 @@ def test_resume_allows_what_may_change_alone(tmp_path):
     assert run.resume(values) == run.checkpoint and run.is_complete(values)
 
 
-def test_train_refuses_classes_that_could_not_be_loaded(tiny, tmp_path):
-    name = f"{__name__}.MyLIF"
-    foreign = [*TINY_CLASSIFICATION, "neuron=lif", f"neuron._target_={name}"]
-    with pytest.raises(ValueError, match=rf"names '{name}'.*add trust=\[{name}\]"):
-        train(tiny(*foreign, tiny=False), tmp_path)
+def test_train_refuses_classes_that_could_not_be_loaded(trained, tmp_path):
+    with pytest.raises(ValueError, match=rf"names '{MINE}'.*add trust=\[{MINE}\]"):
+        fit(tmp_path, *FOREIGN)
     wrong = ["neuron._target_=no_such.MyLIF", "trust=[no_such.MyLIF]"]
     with pytest.raises(ValueError, match=r"trust names 'no_such\.MyLIF', which cannot"):
-        train(tiny(*foreign, *wrong, tiny=False), tmp_path)
+        fit(tmp_path, *FOREIGN, *wrong)
     assert not list(tmp_path.iterdir())
 
-    train(tiny(*foreign, f"trust=[{name}]", tiny=False), tmp_path)
-    assert Run(tmp_path).config.trust == [name]
+    folder = trained(*FOREIGN, f"trust=[{MINE}]")
+    assert Run(folder).config.trust == [MINE]
     # What the run says of itself is no reason to trust it.
-    with pytest.raises(ValueError, match=rf"add trust=\[{name}\]"):
-        load_model(tmp_path)
-    assert any(isinstance(module, MyLIF) for module in load_model(tmp_path, name).modules())
+    with pytest.raises(ValueError, match=rf"add trust=\[{MINE}\]"):
+        load_model(folder)
+    assert any(isinstance(module, MyLIF) for module in load_model(folder, MINE).modules())
 
 
-@pytest.mark.parametrize("part", ["model", "dataset", "task.scheduler", "logger", "callbacks.x"])
-def test_build_parts_calls_no_class_that_is_not_trusted(tiny, tmp_path, part):
+@pytest.mark.parametrize(
+    "part", ["model", "dataset", "task", "task.scheduler", "metric", "logger", "callbacks.x"]
+)
+def test_build_parts_calls_no_class_that_is_not_trusted(tmp_path, part):
     evil = f"++{part}={{_target_: pathlib.Path.touch, self: {tmp_path / 'touched'}}}"
-    cfg = tiny(*TINY_CLASSIFICATION, evil, tiny=False)
+    cfg = compose("train", [*TINY_CLASSIFICATION, evil])
     with pytest.raises(ValueError, match=r"names 'pathlib\.Path\.touch'.*add trust="):
         build_parts(cfg)
     assert not list(tmp_path.iterdir())
@@ -130,20 +133,20 @@ def test_load_model_refuses_other_models_and_foreign_classes(trained, tmp_path):
     assert not (tmp_path / "touched").exists()
 
 
-def test_load_model_and_resume_where_the_backend_is_not(trained, tiny):
+def test_load_model_and_resume_where_the_backend_is_not(trained):
     folder = trained(*TINY_CLASSIFICATION)
     path = folder / runs.CONFIG
     path.write_text(path.read_text().replace("backend: auto", "backend: triton"))
     assert any(getattr(m, "backend", "") == "auto" for m in load_model(folder).modules())
-    assert Run(folder).resume(plain(tiny(*TINY_CLASSIFICATION, tiny=False)))
+    assert Run(folder).resume(plain(compose("train", TINY_CLASSIFICATION)))
 
 
 def is_accelerated(model):
     return any(isinstance(module, AcceleratedNorm) for module in model.modules())
 
 
-def test_models_are_accelerated_if_the_config_says_so(trained, tiny):
-    cfg = tiny(*TINY_CLASSIFICATION, tiny=False)
+def test_models_are_accelerated_if_the_config_says_so(trained):
+    cfg = compose("train", TINY_CLASSIFICATION)
     assert is_accelerated(build_parts(cfg).model)
     folder = trained(*TINY_CLASSIFICATION, "accelerate=false")
     assert not is_accelerated(load_model(folder))
@@ -167,13 +170,6 @@ def test_read_checkpoint_refuses_code_and_damage(tmp_path, monkeypatch, save):
         read_checkpoint(path)
     assert "weights_only" not in str(info.value)  # torch's advice to load it all the same
     assert not (tmp_path / "hacked").exists()
-
-
-@pytest.mark.parametrize("name", ["lif", "plif", "alif"])
-def test_neurons_start_at_whole_numbers(name):
-    start = ["neuron_start.tau=2", "neuron_start.v_threshold=3", "neuron_start.v_reset=1"]
-    node = build(plain(compose("train", [f"neuron={name}", *start]).neuron))()
-    assert (node.v_threshold, node.v_reset) == (3.0, 1.0)
 
 
 TRUSTED = [

@@ -9,24 +9,18 @@ from sj_taid import ALIFNode, create_model
 from sj_taid.calibration import fixed_thresholds
 from sj_taid.pretrained import read_config, save_model
 from sj_taid.training import Run, load_model
-from sj_taid.training.config import compose
-from sj_taid.training.train import train
-from tests.training.conftest import TINY_CLASSIFICATION, assert_same_weights
-from tests.training.test_run import MyLIF
-
-CLASSIFIER = ["neuron.backend=torch", "dataset.limit=40", *TINY_CLASSIFICATION]
+from tests.training.conftest import TINY, TINY_CLASSIFICATION, assert_same_weights, fit
+from tests.training.test_run import FOREIGN, MINE
 
 
-@pytest.fixture(scope="module")
-def classifier(tmp_path_factory):
+@pytest.fixture
+def classifier(trained):
     """The folder of a finished run."""
-    folder = tmp_path_factory.mktemp("runs") / "classifier"
-    train(compose("train", CLASSIFIER), folder)
-    return folder
+    return trained("neuron.backend=torch", "dataset.limit=40", *TINY_CLASSIFICATION)
 
 
-def test_save_model_of_a_generator(tiny, tmp_path):
-    train(tiny(), tmp_path / "run", command="sj-taid train x=1", overrides=["x=1"])
+def test_save_model_of_a_generator(tmp_path):
+    fit(tmp_path / "run", *TINY)
     save_model(tmp_path / "run", tmp_path / "saved" / "tiny-1")
     here = create_model(tmp_path / "saved" / "tiny-1", pretrained=True)
     assert_same_weights(tmp_path / "run", here.state_dict())
@@ -52,20 +46,19 @@ def test_save_model_leaves_the_backend_out_and_half_keeps_norms_and_neurons(clas
 
 
 def test_save_model_of_fixed_thresholds_starts_a_training(tmp_path):
-    start = ["neuron=lif", "neuron_start.calibrate=0.1", "pictures=false"]
-    train(compose("train", [*TINY_CLASSIFICATION, *start]), tmp_path / "run")
+    job = [*TINY_CLASSIFICATION, "neuron=lif"]
+    fit(tmp_path / "run", *job, "neuron_start.calibrate=0.1")
     folder = tmp_path / "saved"
     save_model(tmp_path / "run", folder)
     trained = fixed_thresholds(load_model(tmp_path / "run"))
     assert fixed_thresholds(create_model(folder, pretrained=True)) == trained
     untrained = fixed_thresholds(create_model(folder))
     assert trained.keys() == untrained.keys() and trained != untrained
-    again = [*TINY_CLASSIFICATION, "neuron=lif", f"start_from={folder}", "optimizer.lr=0.0"]
-    again += ["task.scheduler.T_max=2"]
+    again = [*job, f"start_from={folder}", "optimizer.lr=0.0", "task.scheduler.T_max=2"]
     digest = read_config(folder)["sha256"]
-    started = train(compose("train", again), tmp_path / "again")
+    started = fit(tmp_path / "again", *again)
     shutil.rmtree(folder)  # a resumed run needs it no more
-    resumed = train(compose("train", [*again, "trainer.max_epochs=2"]), tmp_path / "again")
+    resumed = fit(tmp_path / "again", *again, "trainer.max_epochs=2")
     assert started["start_from_sha256"] == resumed["start_from_sha256"] == digest
     assert resumed["epochs"] == 2
     model = load_model(tmp_path / "again")
@@ -75,20 +68,19 @@ def test_save_model_of_fixed_thresholds_starts_a_training(tmp_path):
 
 
 def test_save_model_has_later_evaluations(classifier, tmp_path):
-    run = Run(shutil.copytree(classifier, tmp_path / "run"))
+    run = Run(classifier)
     for digest, accuracy in ((run.checkpoint_sha256(), 0.5), ("another", 0.9)):
         measured = {"metrics": {"accuracy": accuracy}, "protocol": {"accuracy": "by hand"}}
         run.save_evaluation({"checkpoint_sha256": digest} | measured)
-    save_model(run.folder, tmp_path / "saved")
-    assert read_config(tmp_path / "saved")["metrics"]["accuracy"] == 0.5
+    save_model(classifier, tmp_path)
+    assert read_config(tmp_path)["metrics"]["accuracy"] == 0.5
 
 
-def test_save_model_of_the_best_epoch(tmp_path):
-    folder = tmp_path / "run"
-    train(compose("train", [*CLASSIFIER, "dataset.validation=0.1"]), folder)
-    save_model(Run(folder).best, tmp_path / "best")
-    assert_same_weights(Run(folder).best, create_model(tmp_path / "best", True).state_dict())
-    other = shutil.copy(Run(folder).checkpoint, Run(folder).best.with_name("epoch=0.ckpt"))
+def test_save_model_of_the_best_epoch(classifier, tmp_path):
+    best = Run(classifier).best
+    save_model(best, tmp_path / "best")
+    assert_same_weights(best, create_model(tmp_path / "best", True).state_dict())
+    other = shutil.copy(best, best.with_name("epoch=0.ckpt"))
     with pytest.raises(ValueError, match=r"epoch=0\.ckpt was not tested; save the run, or its"):
         save_model(other, tmp_path / "other")
 
@@ -112,14 +104,10 @@ def test_save_model_leaves_the_models_of_other_programs_alone(classifier, tmp_pa
     assert left == {name: text for name, text in files.items() if text is not None}
 
 
-def test_save_model_refuses_custom_classes_and_unfinished_runs(classifier, tmp_path):
-    mine = f"{MyLIF.__module__}.{MyLIF.__name__}"
-    foreign = ["neuron=lif", f"neuron._target_={mine}", f"trust=[{mine}]"]
-    train(compose("train", [*TINY_CLASSIFICATION, *foreign]), tmp_path / "run")
+def test_save_model_refuses_custom_classes_and_unfinished_runs(classifier, trained, tmp_path):
     with pytest.raises(ValueError, match=r"config names .*MyLIF.*: no public class"):
-        save_model(tmp_path / "run", tmp_path / "tiny")
-    unfinished = shutil.copytree(classifier, tmp_path / "unfinished")
-    (unfinished / "metrics.json").unlink()
+        save_model(trained(*FOREIGN, f"trust=[{MINE}]"), tmp_path / "tiny")
+    (classifier / "metrics.json").unlink()
     with pytest.raises(FileNotFoundError, match="finish the run first"):
-        save_model(unfinished, tmp_path / "tiny")
+        save_model(classifier, tmp_path / "tiny")
     assert not (tmp_path / "tiny").exists()

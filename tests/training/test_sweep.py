@@ -14,12 +14,12 @@ import torch
 
 from sj_taid.training import run
 from sj_taid.training.callbacks import RandomNumbers
-from sj_taid.training.train import train
 from tests.training.conftest import (
     ENVIRONMENT,
     TINY_CLASSIFICATION,
     assert_same_weights,
     exit_code,
+    fit,
     start,
     weights,
 )
@@ -40,16 +40,12 @@ class Wait(L.Callback):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tiny, tmp_path_factory):
+def uninterrupted(one_thread, tmp_path_factory):
     """Metrics and weights of the sweep's jobs, one after the other in this process."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     ended = {}
     for neuron in ("alif", "lif"):
         folder = tmp_path_factory.mktemp("job")
-        metrics = train(tiny(*JOB, f"neuron={neuron}", tiny=False), folder)
-        ended[neuron] = metrics, weights(folder)
-    torch.set_num_threads(threads)
+        ended[neuron] = fit(folder, *JOB, f"neuron={neuron}"), weights(folder)
     return ended
 
 
