@@ -11,6 +11,7 @@ from torch import nn
 import sj_taid
 from sj_taid._internal.graph import record_saved
 from sj_taid.acceleration.kept import leave
+from tests.acceleration.alike import accelerated
 
 pytest.importorskip("numba", reason="needs numba: pip install numba")
 
@@ -63,9 +64,7 @@ def counts(net):
 
 def make(node, norm):
     norms = [layer.BatchNorm2d(8, step_mode="m")] if norm else []
-    net = nn.Sequential(*norms, node)
-    sj_taid.accelerate(net)
-    return net
+    return accelerated(nn.Sequential(*norms, node))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from spikingjelly.activation_based import layer, neuron, surrogate
 from torch import nn
 
 import sj_taid
-from tests.acceleration.alike import assert_same, robust, weighed
+from tests.acceleration.alike import accelerated, assert_same, robust, weighed
 
 LAST = {"memory_format": torch.channels_last}
 
@@ -50,7 +50,7 @@ def test_norm_is_torchs_bit_for_bit(layout, dtype):
             if tensor is not None:
                 nn.init.uniform_(tensor, 0.5, 2.0)
         fast, found, penalties = copy.deepcopy(norm), [], []
-        sj_taid.accelerate(nn.ModuleList([fast, neuron.LIFNode(step_mode="m")]))
+        accelerated(nn.ModuleList([fast, neuron.LIFNode(step_mode="m")]))
         factors = torch.randn(x.shape).to(dtype).requires_grad_()
         for module in (norm, fast):
             leaf = x.detach().requires_grad_()
@@ -276,9 +276,7 @@ def test_every_neuron_fuses_in_every_memory_order(kind, axes):
 
 def accelerated_pair():
     """A norm of four channels and a neuron."""
-    net = nn.ModuleList([nn.BatchNorm2d(4), neuron.LIFNode(step_mode="m")])
-    sj_taid.accelerate(net)
-    return net
+    return accelerated(nn.ModuleList([nn.BatchNorm2d(4), neuron.LIFNode(step_mode="m")]))
 
 
 def test_a_view_like_another_tensor_keeps_it_not_alive():

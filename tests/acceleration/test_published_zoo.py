@@ -7,8 +7,7 @@ import pytest
 import torch
 from spikingjelly.activation_based import functional
 
-import sj_taid
-from tests.acceleration.alike import EVALUATION, assert_alike, results, robust
+from tests.acceleration.alike import EVALUATION, accelerated, assert_alike, results, robust
 
 WAYS = {
     "training": (True, {"between": functional.reset_net}),
@@ -22,7 +21,6 @@ def test_published_net_trains_alike(name, way):
     training, options = WAYS[way]
     net = published_nets.build(name, width=4).train(training)
     net, x = robust(lambda: (net, torch.rand(4, 2, 3, 8, 8)), **options)
-    fast = copy.deepcopy(net)
-    sj_taid.accelerate(fast)
-    expected, got = (results(n, x, **options) for n in (copy.deepcopy(net), fast))
+    nets = copy.deepcopy(net), accelerated(copy.deepcopy(net))
+    expected, got = (results(n, x, **options) for n in nets)
     assert_alike(got, expected, results(net.double(), x.double(), **options))

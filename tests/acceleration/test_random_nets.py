@@ -13,7 +13,7 @@ from torch import nn
 
 import sj_taid
 from sj_taid._internal.compat import FUNCTIONAL_STATES
-from tests.acceleration.alike import EVALUATION, assert_alike, is_fragile, results
+from tests.acceleration.alike import EVALUATION, accelerated, assert_alike, is_fragile, results
 from tests.acceleration.random_nets import FORMS, SHAPE, WAYS, C, Net, Step, W, pick
 
 # ---- hooks, and what else is done to an accelerated net ----
@@ -53,12 +53,7 @@ def replica(net):
     return copies[net]
 
 
-def accelerated(net):
-    sj_taid.accelerate(net)
-    return net
-
-
-def fail_and_go_on(net, x):
+def fail_once(net, x):
     net.fails = True
     with pytest.raises(KeyError):
         net(x)
@@ -71,25 +66,25 @@ def fail_and_go_on(net, x):
 
 def load_after_training(net, x):
     state = copy.deepcopy(net.state_dict())
-    results(accelerated(net), x)
+    results(net, x)
     net.load_state_dict(state)
     return net
 
 
-#: what is done to both nets: the plain and the one that is to be accelerated
+#: what is done to both nets; ``speed`` accelerates one of them
 TREATMENTS = {
-    "alone": (lambda net, x: accelerated(net), lambda net, x: net),
-    "measured": (lambda net, x: sj_taid.accelerate(net, x) and net, lambda net, x: net),
-    "copied": (lambda net, x: copy.deepcopy(accelerated(net)), lambda net, x: net),
-    "pickled": (lambda net, x: pickle.loads(pickle.dumps(accelerated(net))), lambda net, x: net),
-    "loaded": (load_after_training, lambda net, x: net),
-    "twice": (lambda net, x: accelerated(accelerated(net)), lambda net, x: net),
-    "evaluated": (lambda net, x: accelerated(net).eval(), lambda net, x: net.eval()),
-    "fails once": (lambda net, x: fail_and_go_on(accelerated(net), x), fail_and_go_on),
+    "alone": lambda speed, net, x: speed(net),
+    "measured": lambda speed, net, x: speed(net, x),
+    "copied": lambda speed, net, x: copy.deepcopy(speed(net)),
+    "pickled": lambda speed, net, x: pickle.loads(pickle.dumps(speed(net))),
+    "loaded": lambda speed, net, x: load_after_training(speed(net), x),
+    "twice": lambda speed, net, x: speed(speed(net)),
+    "evaluated": lambda speed, net, x: speed(net).eval(),
+    "fails once": lambda speed, net, x: fail_once(speed(net), x),
 }
 
 
-def prepare(net, seed, x, fast):
+def prepare(net, seed, x, speed=lambda net, x=None: net):
     """A copy of the net with what this seed does to it, and how it is run."""
     rng, net = np.random.default_rng(seed), copy.deepcopy(net)
     name, hooked, first = pick(rng, TREATMENTS), rng.random() < 0.4, rng.random() < 0.5
@@ -102,7 +97,7 @@ def prepare(net, seed, x, fast):
         name = "alone"  # a hook's list is that of the net it was put on
     if name == "evaluated" and options["context"] is torch.enable_grad:
         options["context"] = EVALUATION
-    net = TREATMENTS[name][not fast](net, x)
+    net = TREATMENTS[name](speed, net, x)
     if hooked and not first:
         add_hook(net, rng)
     if not hooked and rng.random() < 0.1:
@@ -117,16 +112,16 @@ def check(seed):
             continue
         x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed)) + 0.2
         try:
-            plain, options = prepare(net, seed, x, fast=False)
+            plain, options = prepare(net, seed, x)
             expected = results(plain, x, **options)
         except (RuntimeError, NotImplementedError):  # such as a change that autograd forbids
             continue
-        plain, options = prepare(net, seed, x, fast=False)
+        plain, options = prepare(net, seed, x)
         if is_fragile(plain, x, **options):
             continue
-        exact, options = prepare(net.double(), seed, x.double(), fast=False)
+        exact, options = prepare(net.double(), seed, x.double())
         exact = results(exact, x.double(), **options)
-        fast, options = prepare(net.float(), seed, x, fast=True)
+        fast, options = prepare(net.float(), seed, x, accelerated)
         found = results(fast, x, **options)
         assert_alike(found, expected, exact)
         return
@@ -213,8 +208,7 @@ def ddp_worker(rank, folder, net):
     )
     assert_alike(got, expected, exact)
     wrapped = wrap(net)
-    sj_taid.accelerate(wrapped)
-    sj_taid.unaccelerate(wrapped)
+    sj_taid.unaccelerate(accelerated(wrapped))
     assert not any("sj_taid" in str(type(module)) for module in net.modules())
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

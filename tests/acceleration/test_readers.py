@@ -11,11 +11,17 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
-import sj_taid
 from sj_taid._internal import graph
 from sj_taid._internal.compat import FUNCTIONAL_STATES
 from sj_taid.acceleration import saving
-from tests.acceleration.alike import EVALUATION, assert_alike, assert_same, results, robust
+from tests.acceleration.alike import (
+    EVALUATION,
+    accelerated,
+    assert_alike,
+    assert_same,
+    results,
+    robust,
+)
 from tests.acceleration.random_nets import TOUCHES, Scale
 
 KERNEL = torch.linspace(-1, 1, 4 * 4 * 9, dtype=torch.float64).view(4, 4, 3, 3)
@@ -208,8 +214,7 @@ LATE = ("in place", "assign", "tensor hook", "retain", "hook after", "inside", "
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
 def test_reader(reader, place):
     net, x = robust(lambda: (Net(reader, place).train(PLACES[place]), torch.randn(3, 2, 3, 4, 5)))
-    fast = copy.deepcopy(net)
-    sj_taid.accelerate(fast)
+    fast = accelerated(copy.deepcopy(net))
     if reader.startswith("data in place") and place == "spikes behind a layer":
         pytest.skip("plain autograd takes the changed values for what the layer has read")
     options = {"context": torch.enable_grad if PLACES[place] else EVALUATION}
@@ -231,8 +236,7 @@ def test_reader(reader, place):
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_sum_frees_the_input_of_a_checkpointed_norm(reentrant):
-    net, memories = Net("nothing", "norm, then neuron"), []
-    sj_taid.accelerate(net)
+    net, memories = accelerated(Net("nothing", "norm, then neuron")), []
 
     def block(x):
         x = net.conv(x)
@@ -283,8 +287,7 @@ def test_checkpoint_that_starts_between_norm_and_neuron(around):
 
 
 def test_deepcopy_of_many():
-    net = Net("nothing", "spikes")
-    sj_taid.accelerate(net)
+    net = accelerated(Net("nothing", "spikes"))
     outputs = [net.norm(net.conv(torch.randn(3, 2, 3, 4, 5))) for _ in range(20)]
     made = [tensor.detach() for y in outputs for tensor in (y, net.lif(y))]
     for copied, original in zip(copy.deepcopy(made), made, strict=True):
@@ -293,9 +296,7 @@ def test_deepcopy_of_many():
 
 @pytest.mark.parametrize("split", [torch.unbind, lambda y: [y[t] for t in range(len(y))]])
 def test_loop_over_many_steps_does_not_restore_all_for_each(split, monkeypatch):
-    net = nn.Sequential(neuron.LIFNode(step_mode="m"))
-    sj_taid.accelerate(net)
-    restored = []
+    net, restored = accelerated(nn.Sequential(neuron.LIFNode(step_mode="m"))), []
     unpack = saving._unpack_counts
     monkeypatch.setattr(
         saving, "_unpack_counts", lambda *saved: restored.append(1) or unpack(*saved)
@@ -337,8 +338,7 @@ def test_a_norm_whose_input_changes_is_read_by_its_values():
 
 
 def test_what_a_cuda_graph_made_is_not_kept_outside(monkeypatch):
-    net, x = Net("nothing", "norm, then neuron"), torch.randn(3, 2, 3, 4, 5)
-    sj_taid.accelerate(net)
+    net, x = accelerated(Net("nothing", "norm, then neuron")), torch.randn(3, 2, 3, 4, 5)
     monkeypatch.setattr(graph, "is_capturing", lambda tensor: True)
     spikes = net.lif(net.norm(net.conv(x)))
     assert spikes.recipe()
@@ -348,9 +348,8 @@ def test_what_a_cuda_graph_made_is_not_kept_outside(monkeypatch):
 
 @pytest.mark.parametrize("place", [0, 1])
 def test_parameter_of_what_is_known(place):
-    net = nn.Sequential(layer.BatchNorm2d(4), neuron.LIFNode())
-    functional.set_step_mode(net, "m")
-    sj_taid.accelerate(net)
+    nodes = layer.BatchNorm2d(4, step_mode="m"), neuron.LIFNode(step_mode="m")
+    net = accelerated(nn.Sequential(*nodes))
     x = torch.randn(2, 2, 4, 3, 3, requires_grad=True)
     net.values = nn.Parameter(net[: place + 1](x).detach())
     assert isinstance(copy.deepcopy(net).values, nn.Parameter)
@@ -362,8 +361,7 @@ class Foreign(torch.Tensor):
 
 
 def test_other_subclasses_keep_their_class():
-    net = Net("nothing", "spikes")
-    sj_taid.accelerate(net)
+    net = accelerated(Net("nothing", "spikes"))
     y = net.norm(net.conv(torch.randn(3, 2, 3, 4, 5)))
     for known in (y, net.lif(y)):
         other = torch.ones(known.shape).as_subclass(Foreign)
@@ -385,8 +383,7 @@ def test_neuron_whose_surrogate_gives_no_spikes():
 
 
 def test_spikes_and_norm_outputs_in_collectives(tmp_path):
-    net, x = Net("nothing", "spikes"), torch.randn(3, 2, 3, 4, 5)
-    sj_taid.accelerate(net)
+    net, x = accelerated(Net("nothing", "spikes")), torch.randn(3, 2, 3, 4, 5)
     store = dist.FileStore(str(tmp_path / "store"), 1)
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:

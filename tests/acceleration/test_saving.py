@@ -14,20 +14,17 @@ from torch import nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.nn import functional as F
 
-import sj_taid
 from sj_taid._internal import graph
 from sj_taid._internal.compat import FUNCTIONAL_STATES
 from sj_taid.acceleration import saving
-from tests.acceleration.alike import assert_same, robust, weighed
+from tests.acceleration.alike import accelerated, assert_same, robust, weighed
 
 OPTIONS = {"step_mode": "m", "surrogate_function": surrogate.ATan()}
 
 
 def make(*modules):
     """An accelerated net of modules."""
-    net = nn.ModuleList(modules)
-    sj_taid.accelerate(net)
-    return net
+    return accelerated(nn.ModuleList(modules))
 
 
 #: operations that save what they give

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 import sj_taid
 from sj_taid._internal.graph import record_saved
-from tests.acceleration.alike import assert_same
+from tests.acceleration.alike import accelerated, assert_same
 
 SCALES = {
     "times": lambda x: x * 0.125,
@@ -28,8 +28,7 @@ UNKNOWN = ("of a part", "of a transposed", "then a whole number", "rounded")
 
 def spikes_of(dtype):
     """The same spikes with a graph, plain and accelerated."""
-    net = nn.Sequential(neuron.LIFNode(step_mode="m", tau=1.5))
-    sj_taid.accelerate(net)
+    net = accelerated(nn.Sequential(neuron.LIFNode(step_mode="m", tau=1.5)))
     spikes = net(torch.rand(8, 3, 4, 8).mul(3).to(dtype).requires_grad_())
     assert 0 < spikes.mean() < 1
     return spikes.detach().as_subclass(torch.Tensor).clone().requires_grad_() * 1, spikes
@@ -93,7 +92,7 @@ def test_divided_counts_in_another_memory_order_are_saved_in_four_bits(levels):
     tokens = torch.randn(4, 64, 16, requires_grad=True)
     there = [tokens, *net.parameters()]
     (expected, counts), plain = record_saved(lambda: run(tokens), there)
-    sj_taid.accelerate(net)
+    accelerated(net)
     (got, ours), saved = record_saved(lambda: run(tokens), there)
     assert torch.equal(ours, counts) and torch.equal(got, expected) and saved < 0.6 * plain
     weight = net[3].weight

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sj_taid
 from sj_taid._internal.compat import FUNCTIONAL_STATES
-from tests.acceleration.alike import robust
+from tests.acceleration.alike import accelerated, robust
 
 
 def count(kind):
@@ -79,8 +79,7 @@ def test_tool_says_the_same(name):
     plain, x = robust(
         make, passes=lambda net, x: (net(x), functional.reset_net(net), net.eval()(x))
     )
-    fast = copy.deepcopy(plain)
-    sj_taid.accelerate(fast)
+    fast = accelerated(copy.deepcopy(plain))
     expected, got = (TOOLS[name](net, x) for net in (plain, fast))
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
@@ -103,7 +102,7 @@ def test_saved_tensors_may_be_rounded(dtype, training):
     net = nn.Sequential(layer.Conv2d(3, 4, 3, bias=False), layer.BatchNorm2d(4), neuron.LIFNode())
     net.extend([Residual(), layer.BatchNorm2d(4)])
     functional.set_step_mode(net, "m")
-    sj_taid.accelerate(net.train(training))
+    accelerated(net.train(training))
     x = torch.randn(4, 3, 3, 8, 8) * 3
     rounding = torch.autograd.graph.saved_tensors_hooks(
         lambda t: (t.to(dtype) if t.is_floating_point() else t, t.dtype),
