@@ -35,18 +35,18 @@ def _named(names: str) -> list[Any]:
     return [getattr(home, name) for name in names.split() for home in homes if hasattr(home, name)]
 
 
-def _attributes(names: str) -> list[Any]:
-    """The getters of a tensor's attributes."""
-    return [getattr(graph.TensorBase, name).__get__ for name in names.split()]
-
-
-_ALL_ATTRIBUTES = [n for n, a in vars(graph.TensorBase).items() if type(a) is GetSetDescriptorType]
+#: the getters of a tensor's attributes, by their names
+_GET = {
+    name: attribute.__get__
+    for name, attribute in vars(graph.TensorBase).items()
+    if isinstance(attribute, GetSetDescriptorType)
+}
 
 # ---- questions, which read and show no values ----------------------------------------------------
 
 
 @handles(
-    *_attributes(" ".join(_ALL_ATTRIBUTES)),  # but those below
+    *_GET.values(),  # but those below
     *_named("size stride dim ndimension numel nelement storage_offset element_size get_device"),
     *_named("is_floating_point is_complex is_contiguous is_inference is_signed is_tensor"),
     *_named("type requires_grad_ __len__ is_set_to is_same_size"),
@@ -64,7 +64,7 @@ def _ask(func: Any, args: Any, kwargs: Any) -> Any:
     *_named("squeeze unsqueeze detach narrow select chunk split tensor_split unbind"),
     *_named("movedim moveaxis adjoint __getitem__ view_as reshape_as alias contiguous"),
     *_named("clone to float half bfloat16"),
-    *_attributes("T mT H mH"),
+    *(_GET["T"], _GET["mT"], _GET["H"], _GET["mH"]),
 )
 def _view(func: Any, args: Any, kwargs: Any) -> Any:
     """A view, a copy or a cast, which save no values for backward."""
@@ -120,7 +120,7 @@ def _find_place(func: Any, args: Any, kwargs: Any, result: Any) -> Any:
 # ---- what autograd does not see ------------------------------------------------------------------
 
 handles(
-    *(*_attributes("data real imag _base"), Tensor.data.__set__),  # type: ignore[attr-defined]
+    *(_GET["data"], Tensor.data.__set__, _GET["real"], _GET["imag"], _GET["_base"]),  # type: ignore[attr-defined]
     *(Tensor.data_ptr, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.share_memory_),
     *(Tensor.untyped_storage, Tensor.storage, Tensor.__cuda_array_interface__.__get__),
     *(Tensor.apply_, Tensor.map_, Tensor.map2_),
@@ -157,7 +157,7 @@ def _watch(tensors: Callable[[Any, Any], Any], func: Any, args: Any, kwargs: Any
 
 
 #: who has ``grad_fn`` may register a hook
-handles(Tensor.register_hook, Tensor.retain_grad, *_attributes("grad_fn"))(
+handles(Tensor.register_hook, Tensor.retain_grad, _GET["grad_fn"])(
     partial(_watch, lambda args, kwargs: args[0])
 )
 handles(torch.autograd.grad)(partial(_watch, lambda args, kwargs: args[1]))
