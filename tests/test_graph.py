@@ -44,9 +44,15 @@ def test_saved_tensor_hooks_are_pushed_seen_and_popped():
     torch.func.vjp(lambda t: (seen.append(graph.allows_hooks()), t)[1], x)
     assert seen[1] is False
     assert not graph.are_checkpoints(None)
-    checkpoint(lambda t: seen.append(graph.are_checkpoints(graph.saving_hooks())), x,
-               use_reentrant=False)  # fmt: skip
-    assert seen[2] is True
+    assert not graph.are_others(None)
+
+    def look(t):
+        hooks = graph.saving_hooks()
+        seen.append((graph.are_checkpoints(hooks), graph.are_others(hooks)))
+
+    checkpoint(look, x, use_reentrant=False)
+    graph.record_saved(lambda: look(x), [])
+    assert seen[2:] == [(True, True), (False, False)]
 
 
 def test_a_forward_in_backward_is_a_recomputation():
@@ -62,12 +68,14 @@ def test_a_forward_in_backward_is_a_recomputation():
 
 def test_what_watches_or_transforms_is_seen():
     seen = [graph.is_eager()]
-    torch.func.vmap(lambda t: (seen.append(graph.is_eager()), t)[1])(torch.rand(2, 3))
-    torch.jit.trace(
-        lambda t: (seen.append(graph.is_eager()), t + 1)[1], torch.rand(2), check_trace=False
-    )
-    torch.func.jvp(lambda t: (seen.append(graph.is_eager()), t)[1], (torch.ones(2),) * 1,
-                   (torch.ones(2),) * 1)  # fmt: skip
+
+    def look(t):
+        seen.append(graph.is_eager())
+        return t + 1
+
+    torch.func.vmap(look)(torch.rand(2, 3))
+    torch.jit.trace(look, torch.rand(2), check_trace=False)
+    torch.func.jvp(look, (torch.ones(2),), (torch.ones(2),))
     assert seen[0] is True and not any(seen[1:])
     assert not graph.is_dynamo_near() and not graph.is_watched()
 
