@@ -161,6 +161,21 @@ def test_copies_within_a_graph_are_independent(duplicate, compiled):
     assert twin.w is not node.w
 
 
+@pytest.mark.filterwarnings("ignore:backend .* cannot take this call.* has hooks")
+@pytest.mark.parametrize("kind", [ALIFNode, neuron.LIFNode])
+def test_a_hook_on_the_surrogate_is_called_whenever_it_came(kind):
+    net, x_seq = nn.Sequential(kind(step_mode="m", surrogate_function=surrogate.ATan())), inputs()
+    accelerate(net)
+    spikes, seen = net(x_seq), []
+    handle = net[0].surrogate_function.register_forward_hook(lambda *_: seen.append(1))
+    functional.reset_net(net)
+    torch.testing.assert_close(net(x_seq) + 0, spikes + 0)
+    assert len(seen) == len(x_seq)
+    handle.remove()
+    net(x_seq)
+    assert len(seen) == len(x_seq)
+
+
 def test_repr_shows_parameters_and_options():
     text = repr(ALIFNode(init_tau=3.0, v_threshold=0.5, channels=2))
     for part in ("tau=3..3", "v_threshold=0.5..0.5", "backend=auto", "channels=2"):

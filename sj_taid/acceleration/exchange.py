@@ -130,10 +130,8 @@ def _why_not(site: Site) -> str | None:
             "it runs step by step: functional.set_step_mode(net, 'm') first, but only if the net's "
             "forward takes the whole sequence [T, N, *] and does not loop over time"
         )
-    function = node.surrogate_function
-    hooks = function._forward_hooks or function._forward_pre_hooks or function._backward_hooks
-    if hooks or any(map(callable, vars(node).values())):
-        return "a function of its own or a hook in it, which the fused operator would not call"
+    if any(map(callable, vars(node).values())):
+        return "a function of its own, which the fused operator would not call"
     x = torch.empty(1, 1, dtype=site.dtype, device=site.device)
     backend = backends.resolve(backends.AUTO, x, node.surrogate_function)
     if backend.engine is None:

@@ -234,6 +234,10 @@ DERIVATIVES: dict[type, Derivative] = {
 }
 
 
+#: where a module keeps hooks on its calls
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+
+
 def counts(surrogate_function: Any) -> bool:
     """Whether it gives counts, of H / V_th, not spikes."""
     return isinstance(surrogate_function, MultiLevelSpikeCount)
@@ -274,6 +278,8 @@ def unsupported(surrogate_function: Any) -> str | None:
         return f"the derivative of the surrogate {name} is not in sj_taid.ops.surrogate.DERIVATIVES"
     if not getattr(surrogate_function, "spiking", True):
         return f"the surrogate {name} has spiking=False, which is no step function"
+    if any(getattr(surrogate_function, hooks, None) for hooks in _HOOKS):
+        return f"the surrogate {name} has hooks, which no kernel calls"
     for parameter in derivative.parameters:
         value = getattr(surrogate_function, parameter)
         if not isinstance(value, int | float):
@@ -285,7 +291,7 @@ def unsupported(surrogate_function: Any) -> str | None:
 
 
 def key_of(surrogate_function: Any) -> tuple[Any, ...]:
-    """All that a surrogate's derivative depends on.
+    """All that a surrogate's derivative depends on, and whether it has hooks.
 
     >>> key_of(surrogate.ATan(alpha=3.0)) == key_of(surrogate.ATan(alpha=2.0))
     False
@@ -301,7 +307,11 @@ def key_of(surrogate_function: Any) -> tuple[Any, ...]:
         if hasattr(constant, "__array__"):  # a number of numpy or torch, which may change
             found = (kind, *(float(c) for c in found[1:]))
             break
-    return found, getattr(surrogate_function, "spiking", True)
+    hooked = False
+    for hooks in _HOOKS:  # not any(), which costs a call more
+        if getattr(surrogate_function, hooks, None):
+            hooked = True
+    return found, getattr(surrogate_function, "spiking", True), hooked
 
 
 #: a class of :data:`DERIVATIVES` -> what reads the constants of its modules

@@ -77,6 +77,11 @@ class Steeper(surrogate.ATan):
     """A subclass, whose backward may be anything."""
 
 
+def hooked(register):
+    getattr(function := surrogate.ATan(), register)(lambda *_: None)
+    return function
+
+
 @pytest.mark.parametrize(
     ("surrogate_function", "reason"),
     [
@@ -85,6 +90,9 @@ class Steeper(surrogate.ATan):
         (torch.relu, "is not in"),
         (surrogate.Sigmoid(spiking=False), "spiking=False"),
         (MultiLevelSpikeCount(4, spiking=False), "spiking=False"),
+        (hooked("register_forward_hook"), "hooks, which no kernel"),
+        (hooked("register_forward_pre_hook"), "hooks, which no kernel"),
+        (hooked("register_full_backward_hook"), "hooks, which no kernel"),
         (surrogate.Sigmoid(alpha=nn.Parameter(torch.tensor(4.0))), "alpha .* Parameter"),
         (surrogate.Sigmoid(alpha=torch.tensor(4.0)), "alpha .* Tensor"),
     ],
