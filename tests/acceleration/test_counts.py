@@ -133,7 +133,8 @@ SUMS = {
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("add", SUMS.values(), ids=SUMS)
 def test_a_sum_in_front_of_a_neuron_saves_its_terms(add, training, dtype):
-    plain, net = (make(neuron.LIFNode(**OPTIONS), True) for _ in range(2))
+    # Whose voltages are float32 without acceleration too, so that bfloat16's spikes are equal.
+    plain, net = (make(sj_taid.ALIFNode(**OPTIONS), True) for _ in range(2))
     sj_taid.unaccelerate(plain)
     for norm in (plain[0], net[0]):
         norm.train(training)
@@ -149,7 +150,7 @@ def test_a_sum_in_front_of_a_neuron_saves_its_terms(add, training, dtype):
         return saved, spikes, *grads
 
     (theirs, *right), (ours, *found) = run(*plain), run(*net)
-    assert ours < theirs - 1.9 * x.nbytes
+    assert ours < theirs - 0.9 * x.nbytes
     for value, other in zip(right, found, strict=True):
         scale = value.abs().max().item()
         assert torch.allclose(value, other, atol=torch.finfo(dtype).eps * 16 * scale)
