@@ -5,7 +5,7 @@ from spikingjelly.activation_based import base
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ._internal.checks import check_numbers, check_sizes, is_whole
+from ._internal.checks import check_numbers, check_sizes
 
 #: FSVAE's ratio of a step's weight to the next step's
 DECAY = 0.8
@@ -66,11 +66,9 @@ class TAID(_ImageDecoder):
 
     Args:
         T: number of time steps.
-        kernel_size: odd width of the convolution, along the channel axis for ``spatial`` and over
-            the image for ``pixel``; 1 mixes time only.
         squeeze: ``"spatial"`` (default), a weight for each step and channel; ``"all"``, one for
             each step, from an MLP with a hidden layer of T / 4; or ``"pixel"``, one for each step,
-            channel and pixel of ``[T, N, C, H, W]``.
+            channel and pixel of ``[T, N, C, H, W]``, from a convolution 3x3.
 
     Raises:
         ValueError: a bad argument; at a call, a wrong rank or another T.
@@ -84,24 +82,16 @@ class TAID(_ImageDecoder):
     (torch.Size([2, 3, 8, 8]), torch.Size([4, 2, 3]))
     """
 
-    def __init__(self, T: int, kernel_size: int = 1, squeeze: str = "spatial") -> None:
+    def __init__(self, T: int, squeeze: str = "spatial") -> None:
         super().__init__(T)
         if squeeze not in ("spatial", "all", "pixel"):
             raise ValueError(f"squeeze must be 'spatial', 'all' or 'pixel', but it is {squeeze!r}")
-        if not (is_whole(kernel_size) and kernel_size >= 1 and kernel_size % 2 == 1):
-            raise ValueError(f"kernel_size must be an odd integer >= 1, but it is {kernel_size!r}")
-        if squeeze == "all" and kernel_size != 1:
-            raise ValueError(
-                f"kernel_size={kernel_size} slides along the channels, which squeeze='all' "
-                "averages away; use squeeze='spatial' or kernel_size=1"
-            )
         self.squeeze = squeeze
-        self.kernel_size = kernel_size
         self.excite: nn.Module
         if squeeze == "spatial":
-            self.excite = nn.Conv1d(T, T, kernel_size, padding=kernel_size // 2, bias=False)
+            self.excite = nn.Conv1d(T, T, 1, bias=False)  # mixes time alone
         elif squeeze == "pixel":
-            self.excite = nn.Conv2d(T, T, kernel_size, padding=kernel_size // 2)
+            self.excite = nn.Conv2d(T, T, 3, padding=1)
             for parameter in self.excite.parameters():
                 nn.init.zeros_(parameter)
         else:

@@ -28,14 +28,11 @@ def attention(taid, s):
         a = last(first(z).relu()).sigmoid().t()[..., None]
     elif taid.squeeze == "spatial":
         z = s.flatten(3).mean(3) if s.dim() == 5 else s
-        k = taid.kernel_size
-        windows = pad(z, (k // 2, k // 2)).unfold(2, k, 1)
-        a = torch.einsum("tsk,snck->tnc", taid.excite.weight, windows).sigmoid()
+        a = torch.einsum("tsk,snc->tnc", taid.excite.weight, z).sigmoid()
     else:
         variance, mean = torch.var_mean(s, (0, 3, 4), correction=0, keepdim=True)
-        k = taid.kernel_size
-        windows = pad((s - mean) / (variance + 1e-5).sqrt(), 4 * (k // 2,))
-        windows = windows.unfold(3, k, 1).unfold(4, k, 1)
+        windows = pad((s - mean) / (variance + 1e-5).sqrt(), (1, 1, 1, 1))
+        windows = windows.unfold(3, 3, 1).unfold(4, 3, 1)
         a = torch.einsum("tsij,snchwij->nchwt", taid.excite.weight, windows)
         decay = 0.8 ** torch.arange(taid.T - 1, -1, -1, dtype=F64)
         a = (2 * decay * (a + taid.excite.bias).sigmoid()).permute(4, 0, 1, 2, 3)
@@ -43,12 +40,9 @@ def attention(taid, s):
 
 
 @pytest.mark.parametrize("shape", [(8, 2, 5, 3, 6), (8, 2, 5)])
-@pytest.mark.parametrize(
-    ("squeeze", "kernel_size"),
-    [("spatial", 1), ("spatial", 3), ("all", 1), ("pixel", 1), ("pixel", 3)],
-)
-def test_taid_equals_the_equations(squeeze, kernel_size, shape):
-    taid = TAID(8, kernel_size, squeeze).double()
+@pytest.mark.parametrize("squeeze", SQUEEZES)
+def test_taid_equals_the_equations(squeeze, shape):
+    taid = TAID(8, squeeze).double()
     s = sequence(*shape)
     if squeeze == "pixel" and s.dim() == 3:
         with pytest.raises(ValueError, match=r"squeeze='pixel' weighs the pixels.*got \[8, 2, 5\]"):
@@ -71,13 +65,13 @@ def test_taid_parameters():
     assert shapes == {
         "spatial": [(8, 8, 1)],
         "all": [(2, 8), (2,), (8, 2), (8,)],
-        "pixel": [(8, 8, 1, 1), (8,)],
+        "pixel": [(8, 8, 3, 3), (8,)],
     }
 
 
 def test_taid_pixel_starts_as_the_fixed_decoder():
     s = sequence(4, 2, 3, 5, 6)
-    assert torch.allclose(TAID(4, 3, squeeze="pixel").double()(s), FixedDecoder(4)(s))
+    assert torch.allclose(TAID(4, squeeze="pixel").double()(s), FixedDecoder(4)(s))
 
 
 @pytest.mark.parametrize("squeeze", SQUEEZES)
@@ -132,8 +126,6 @@ def test_decoders_bad_input(make):
     [
         (TAID, {"T": 0}, "T must be"),
         (TAID, {"squeeze": "time"}, "squeeze must be 'spatial', 'all' or 'pixel'"),
-        (TAID, {"kernel_size": 2}, "odd"),
-        (TAID, {"kernel_size": 3, "squeeze": "all"}, "averages away"),
         (FixedDecoder, {"decay": 0.0}, r"decay must be in \(0, 1\]"),
         (FixedDecoder, {"scale": None}, "scale must be a number"),
     ],

@@ -116,6 +116,21 @@ def test_weights_that_do_not_fit(folder, state, said):
         create_model(folder, pretrained=True)
 
 
+@pytest.mark.parametrize("thresholds", [None, 3, [1], {"head.2": "x"}, {"nowhere": 1.0}])
+def test_fixed_thresholds_that_do_not_fit(folder, thresholds):
+    change(folder, fixed_thresholds=thresholds)
+    with pytest.raises(ValueError, match=r"is of another model than its config\.json: "):
+        create_model(folder, pretrained=True)
+
+
+@pytest.mark.parametrize("content", [b"", b"x" * 100])
+def test_weights_of_another_format(folder, content):
+    (folder / "model.safetensors").write_bytes(content)
+    change(folder, sha256=digest(folder))
+    with pytest.raises(ValueError, match=r"model\.safetensors is no file of safetensors: "):
+        create_model(folder, pretrained=True)
+
+
 @pytest.mark.parametrize(
     "target", ["os.system", "sj_taid.create_model", "sj_taid.model.typo", "torch.nn.Linear", None]
 )

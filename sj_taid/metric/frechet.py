@@ -40,7 +40,7 @@ class Features(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         check_values(self, images, bound=1.0)
         with torch.autocast(images.device.type, enabled=False):  # or metrics would be in bfloat16
-            return self.extract(images.to(torch.promote_types(images.dtype, torch.float32)))
+            return self.extract(images.float())
 
     def extract(self, images: Tensor) -> Tensor:
         raise NotImplementedError

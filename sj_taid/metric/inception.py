@@ -115,6 +115,6 @@ class InceptionScore(inception.InceptionScore):
 
     def compute(self) -> Tensor:  # type: ignore[override]  # without the standard deviation
         """The score of all images so far."""
-        count = len(dim_zero_cat(self.features))
+        count = len(dim_zero_cat(self.features)) if len(self.features) else 0
         check_image_count("the Inception score", self.needed, generated=count)
         return super().compute()[0]

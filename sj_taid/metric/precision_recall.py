@@ -7,6 +7,7 @@ import torchmetrics
 from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
+from .._internal.checks import check_sizes
 from .._internal.extras import needs
 from .frechet import Features, check_image_count
 
@@ -51,6 +52,7 @@ class Precision(torchmetrics.Metric):
 
     def __init__(self, features: Features, k: int = NEIGHBOURS, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        check_sizes(k=k)
         self.features = features
         self.k = k
         self.needed = k + 1

@@ -187,6 +187,7 @@ def _locate(source: str | Path) -> Path:
 
 def _read_weights(source: str | Path, config: dict[str, Any]) -> dict[str, Tensor]:
     with needs("safetensors"):
+        from safetensors import SafetensorError
         from safetensors.torch import load
     path = _locate(source) / WEIGHTS
     if not path.is_file():
@@ -198,12 +199,15 @@ def _read_weights(source: str | Path, config: dict[str, Any]) -> dict[str, Tenso
             f"{path} is damaged or of another model: its SHA-256 is {digest}, not "
             f"{config['sha256']}, as {CONFIG} states"
         )
-    return load(content)
+    try:
+        return load(content)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no file of safetensors: {error}") from error
 
 
 def _load(model: nn.Module, weights: dict[str, Tensor], config: dict[str, Any], unfit: str) -> None:
     try:
         model.load_state_dict(weights)
         set_fixed_thresholds(model, config.get("fixed_thresholds", {}))
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{unfit}: {str(error).splitlines()[-1].strip():.200}") from error

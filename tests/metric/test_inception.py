@@ -53,9 +53,13 @@ def test_inception_score_of_known_classes():
     assert score(of_class(even, p)) == pytest.approx(expected, rel=1e-6)
 
 
-def test_inception_score_refuses_too_few_images():
-    with pytest.raises(ValueError, match=r"needs at least 4 images, .*but got 3 generated ones"):
-        score(random_images(3))
+@pytest.mark.parametrize("n", [0, 3])
+def test_inception_score_refuses_too_few_images(n):
+    metric = InceptionScore(Classifying())
+    for image in random_images(n).split(1) if n else ():
+        metric.update(image)
+    with pytest.raises(ValueError, match=f"needs at least 4 images, .*but got {n} generated ones"):
+        metric.compute()
 
 
 def metrics(rank=0, processes=1):

@@ -62,3 +62,5 @@ def test_precision_refuses_too_few_images():
         compute(Precision(Pixels(), k=4), REAL, [*GENERATED, 1.0])
     with pytest.raises(ValueError, match=r"but got 0 generated ones; add"):
         compute(Precision(Pixels(), k=3), REAL, [])
+    with pytest.raises(ValueError, match="k must be an integer >= 1, but it is 0"):
+        Recall(Pixels(), k=0)
