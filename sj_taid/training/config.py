@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -86,11 +86,11 @@ def keys_there(command: str, overrides: Sequence[str], key: str) -> str:
     return f"there is no {key}; {has}{elsewhere}"
 
 
-def refuse_unknown(command: str, cfg: DictConfig) -> None:
-    """Raise a ``ValueError`` for a key that the command does not know: a misspelt ``+key``."""
+def refuse_unknown(command: str, keys: Set[Any]) -> None:
+    """Raise a ``ValueError`` for keys that the command does not know: a misspelt ``+key``."""
     groups = {path.name for path in Path(CONF).iterdir() if path.is_dir()}
     known: Any = OmegaConf.load(Path(CONF, f"{command}.yaml")).keys() | groups
-    if unknown := cfg.keys() - known:
+    if unknown := keys - known:
         names = ", ".join(sorted(known - {"defaults", "hydra", "experiment"}))
         raise ValueError(f"the config has no {', '.join(map(str, unknown))}; there are {names}")
 
@@ -163,7 +163,7 @@ def validate(cfg: DictConfig) -> None:
         ValueError: choices that do not fit together, or a class that is not trusted.
     """
     values: Any = OmegaConf.to_container(cfg, resolve=True)
-    refuse_unknown("train", cfg)
+    refuse_unknown("train", values.keys())
     check_kinds(KINDS, values)
     for group, kinds in KINDS_OF_GROUPS.items():
         check_kinds(kinds, values.get(group) or {}, f"{group}.")
@@ -189,15 +189,6 @@ def validate(cfg: DictConfig) -> None:
             "StochasticWeightAveraging would measure other weights than the saved ones; take "
             "WeightAveraging or EMAWeightAveraging of lightning.pytorch.callbacks"
         )
-
-
-def merge(cfg: DictConfig, given: Mapping[str, Any]) -> None:
-    """Put values into a run's config, by their keys, in groups that it has."""
-    for key, value in given.items():
-        group = key.partition(".")[0]
-        if group != key and cfg.get(group) is None:
-            raise ValueError(f"{key} is given, but the run has no {group}; leave it out")
-        OmegaConf.update(cfg, key, value, merge=False, force_add=True)
 
 
 def flatten(node: Any, key: str = "") -> dict[str, Any]:

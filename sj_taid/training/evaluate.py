@@ -14,7 +14,7 @@ from .._internal.context import seeded
 from .callbacks import ProgressBar, watch_neurons
 from .checkpoint import load_weights, read_checkpoint
 from .compare import COSTS
-from .config import flatten, merge
+from .config import flatten
 from .evaluator import Evaluator
 from .messages import show_metrics
 from .parts import Parts, build_parts
@@ -65,10 +65,11 @@ def evaluate(cfg: DictConfig, **origin: Any) -> dict[str, Any]:
 
 def evaluated_config(cfg: DictConfig, run: Run) -> DictConfig:
     """The run's config with what is given over it, and without what training alone needs."""
-    given, config = flatten(OmegaConf.to_container(cfg, resolve=True)), run.config
+    given = flatten(OmegaConf.to_container(cfg, resolve=True))
     given.pop("checkpoint")
-    OmegaConf.resolve(config.dataset)  # whose name may be its folder's
-    merge(config, {k: value for k, value in given.items() if value is not None or k == "trust"})
+    given = {k: value for k, value in given.items() if value is not None or k == "trust"}
+    # The data set's name may be that of the folder it was in.
+    config = run.config_with({"dataset.name": run.config.dataset.name, **given})
     OmegaConf.resolve(config)
     config.model = run.model_config
     for group in ("optimizer", "callbacks", "logger"):

@@ -65,8 +65,10 @@ class Parts:
         return self.data
 
 
-def build_parts(cfg: DictConfig) -> Parts:
+def build_parts(cfg: DictConfig, num_workers: int | None = None) -> Parts:
     """Check a config, and build what it describes.
+
+    ``num_workers`` processes load the data if the config does not say how many do.
 
     Groups that it lacks are left out; ``optimizer``, ``callbacks`` and ``logger`` are for training
     alone.
@@ -81,6 +83,8 @@ def build_parts(cfg: DictConfig) -> Parts:
     keys = {str(group.get("_target_")): str(key) for key, group in groups.items()}
     make = partial(build, trust=cfg.trust, keys=keys, trusted=OF_A_RUN)
 
+    if num_workers is not None and cfg.dataset.get("num_workers") is None:
+        cfg.dataset.num_workers = num_workers
     data = make(OmegaConf.to_container(cfg.dataset, resolve=True))
     complete(cfg, data)
     values: Any = OmegaConf.to_container(cfg, resolve=True)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -116,12 +116,20 @@ class Run:
         config: Any = OmegaConf.load(self.folder / CONFIG)
         return config
 
-    def with_its_workers(self, cfg: DictConfig) -> DictConfig:
-        """The config with the loader processes that the run was started with, if it says none."""
-        if cfg.dataset.get("num_workers") is None and (self.folder / CONFIG).is_file():
-            saved = self.config.dataset.get("num_workers")
-            OmegaConf.update(cfg, "dataset.num_workers", saved, force_add=True)
-        return cfg
+    def config_with(self, given: Mapping[str, Any]) -> DictConfig:
+        """The run's config, with values over it by their keys, in groups that it has."""
+        config = self.config
+        for key, value in given.items():
+            group = key.partition(".")[0]
+            if group != key and config.get(group) is None:
+                raise ValueError(f"{key} is given, but the run has no {group}; leave it out")
+            OmegaConf.update(config, key, value, merge=False, force_add=True)
+        return config
+
+    @property
+    def num_workers(self) -> int | None:
+        """How many processes load the data of the run that is in the folder, if there is one."""
+        return self.config.dataset.num_workers if (self.folder / CONFIG).is_file() else None
 
     @property
     def model_config(self) -> dict[str, Any]:

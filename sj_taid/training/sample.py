@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 def main(cfg: DictConfig) -> None:
     """Draw ``cfg.n`` samples of the model in ``cfg.checkpoint``, or rows of its classes."""
-    refuse_unknown("sample", cfg)
+    refuse_unknown("sample", cfg.keys())
     kinds = {"n": PositiveInt, "columns": PositiveInt, "seed": Seed, "trust": KINDS["trust"]}
     check_kinds(kinds, OmegaConf.to_container(cfg))  # type: ignore[arg-type]
     if cfg.output and Path(cfg.output).suffix != ".png":  # or it may replace a file

@@ -17,7 +17,6 @@ from ..calibration import calibrate
 from ..pretrained import start_from
 from .callbacks import History, RandomNumbers, Stopwatch
 from .checkpoint import AtomicCheckpointIO, checkpoint_callbacks, read_checkpoint
-from .config import merge
 from .evaluate import measure_run
 from .messages import closing_lines, explain_resuming, show_metrics
 from .parts import Parts, build_parts
@@ -62,7 +61,7 @@ def train(cfg: DictConfig, folder: str | Path, **origin: Any) -> dict[str, Any]:
     silence_notes()
     reuse_freed_memory()
     run = Run(folder)
-    parts = build_parts(run.with_its_workers(cfg))
+    parts = build_parts(cfg, run.num_workers)
     checkpoint = run.resume(parts.values)
     if run.is_complete(parts.values):
         log.info("This run is finished already and is not run again.")
@@ -119,10 +118,8 @@ def resumed_config(cfg: DictConfig, run: Run) -> DictConfig:
             f"resume= continues a run as it is, without {wrong[0]}=; leave it out, or start a new "
             "run without resume="
         )
-    config = run.config
     # What the run says of itself is no reason to trust it.
-    merge(config, {key: OmegaConf.select(cfg, key) for key in keys} | {"trust": cfg.trust})
-    return config
+    return run.config_with({key: OmegaConf.select(cfg, key) for key in keys | {"trust"}})
 
 
 def prepare_start(parts: Parts) -> None:

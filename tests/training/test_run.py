@@ -17,7 +17,7 @@ from sj_taid.training.checkpoint import read_checkpoint
 from sj_taid.training.config import compose
 from sj_taid.training.files import _LogFile, atomic_write
 from sj_taid.training.parts import build_parts
-from tests.training.conftest import TINY_CLASSIFICATION, fit
+from tests.training.conftest import TINY_CLASSIFICATION, fit, write_images
 
 
 class MyLIF(neuron.LIFNode):
@@ -235,10 +235,11 @@ def test_no_write_follows_a_link(tmp_path, monkeypatch):
 
 def test_a_run_keeps_its_number_of_loader_processes(tmp_path):
     """Whatever the cores of the machine where it goes on: each draws augmentation of its own."""
-    cfg = OmegaConf.create({"dataset": {"num_workers": None}})
-    run = Run(tmp_path)
-    assert run.with_its_workers(cfg).dataset.num_workers is None
+    write_images(tmp_path / "images" / "a", 4)
+    options = ["dataset=image_folder", f"dataset.root={tmp_path / 'images'}"]
+    run = Run(tmp_path / "run")
+    assert run.num_workers is None
     run.begin("dataset: {num_workers: 3}", {})
-    assert run.with_its_workers(cfg).dataset.num_workers == 3
-    cfg.dataset.num_workers = 1
-    assert run.with_its_workers(cfg).dataset.num_workers == 1
+    for given, expected in ((), 3), (["dataset.num_workers=1"], 1):
+        cfg = compose("train", [*options, *given])
+        assert build_parts(cfg, run.num_workers).data.num_workers == expected
