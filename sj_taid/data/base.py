@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Any, Literal, Self
@@ -13,27 +13,18 @@ from typing import Annotated, Any, Literal, Self
 import lightning as L
 import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
-from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms import v2
 
 from .._internal.kinds import Seed, Share
+from .augment import AUGMENTATIONS, transform_each
 from .samples import Batch, Samples
 
 log = logging.getLogger(__name__)
 
 #: In a data set's folder: one process fetches and converts, while the others wait.
 LOCK = ".lock"
-
-#: Drawn for each training sample; the frames of a recording share a draw. Beyond the border is 0.
-AUGMENTATIONS = {
-    # the range of the classifiers' training on MNIST
-    "affine": v2.RandomAffine(
-        30, (0.15, 0.15), (0.85, 1.11), interpolation=InterpolationMode.BILINEAR
-    ),
-    # as a crop from the image with a border of an eighth: by whole pixels
-    "crop_flip": v2.Compose([v2.RandomAffine(0, (1 / 8, 1 / 8)), v2.RandomHorizontalFlip()]),
-    "flip": v2.RandomHorizontalFlip(),
-}
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -170,9 +161,11 @@ class Data(L.LightningDataModule):
             options["sampler"].set_epoch(epochs.processed)  # current_epoch is one behind here
         else:
             options["shuffle"] = True
-        augmentations = [AUGMENTATIONS[self.augment]] if self.augment else []
+        augmentations: list[Callable[[Tensor], Tensor]] = []
+        if self.augment:
+            augmentations.append(AUGMENTATIONS[self.augment])
         if self.erase:
-            augmentations.append(v2.RandomErasing(self.erase))
+            augmentations.append(partial(transform_each, transform=v2.RandomErasing(self.erase)))
         if self.mixup:
             options["mixup"] = v2.MixUp(alpha=self.mixup, num_classes=self.classes)
         return self.loader(self.train_set, augmentations, **options)
@@ -186,31 +179,24 @@ class Data(L.LightningDataModule):
     def loader(
         self,
         samples: Samples,
-        augmentations: Sequence[v2.Transform] = (),
+        augmentations: Sequence[Callable[[Tensor], Tensor]] = (),
         mixup: v2.MixUp | None = None,
         **options: Any,
     ) -> DataLoader:
         """Batches of ``samples``, without more in their order; ``options`` are the DataLoader's."""
-        transform = v2.Compose(self.transforms())
+        transform = v2.Compose([*augmentations, *self.transforms()])
         # Worker processes start again with each epoch: else a resumed run could not draw what they
         # would.
         return DataLoader(
             samples,
             **{"batch_size": self.batch_size, "num_workers": self.num_workers} | options,
             pin_memory=torch.cuda.is_available(),
-            collate_fn=partial(_collate, augmentations, transform, mixup),
+            collate_fn=partial(_collate, transform=transform, mixup=mixup),
         )
 
 
-def _collate(
-    augmentations: Sequence[v2.Transform],
-    transform: v2.Transform,
-    mixup: v2.MixUp | None,
-    batch: Batch,
-) -> Batch:
+def _collate(batch: Batch, transform: v2.Transform, mixup: v2.MixUp | None) -> Batch:
     x, label = batch
-    for augmentation in augmentations:
-        x = torch.stack([augmentation(sample) for sample in x])  # a draw for each
     x = transform(x)
     if mixup is None:
         return x, label

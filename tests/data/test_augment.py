@@ -1,13 +1,15 @@
 """Augmentation: what it does to an image, and that no draw is made twice."""
 
+import math
 from functools import partial
 
 import pytest
 import torch
 from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional
 
 from sj_taid.data import Digits
-from sj_taid.data.base import AUGMENTATIONS
+from sj_taid.data.augment import AUGMENTATIONS, _warp
 from tests.data.made_up import first, make, ready
 
 digits = partial(ready, Digits, batch_size=40)
@@ -17,29 +19,47 @@ def images(loader):
     return torch.cat([x for x, _ in loader])
 
 
-def augmented(x, **options):
-    """Samples ``x``, ``[N, ..., H, W]`` in uint8, as a training batch has them, in [-1, 1]."""
-    return digits(**options).train_dataloader().collate_fn((x, None))[0]
+def photographs(n):
+    return torch.randint(1, 256, (n, 3, 16, 16), dtype=torch.uint8)
 
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
-def test_augmentation_draws_for_each_recording_and_tells_whether_it_mirrors(name):
-    frame = torch.zeros(64, 1, 2, 16, 16, dtype=torch.uint8)
-    frame[..., 8, 2] = 255
-    frames = augmented(frame.expand(-1, 3, -1, -1, -1), augment=name)
-    assert torch.equal(frames, frames[:, :1].expand_as(frames))
-    assert len(torch.unique(frames, dim=0)) >= 2
-    assert digits(augment=name).mirrors == bool((frames[..., 10:] > -1).any())
+def test_augmentation_draws_for_each_image_and_tells_whether_it_mirrors(name):
+    torch.manual_seed(1)
+    x = torch.zeros(64, 1, 8, 8, dtype=torch.uint8)
+    x[..., 4, 1] = 255
+    y = AUGMENTATIONS[name](x)
+    assert y.shape == x.shape and y.dtype == x.dtype
+    assert len(torch.unique(y, dim=0)) >= 2
+    assert digits(augment=name).mirrors == bool(y[..., 4:].any())
     assert not digits().mirrors
 
 
+def test_warp_equals_torchvisions_affine():
+    x = photographs(n=1)
+    angle, scale, pixels = 25.0, 0.9, (2, -1)
+    bilinear = {"interpolation": v2.InterpolationMode.BILINEAR}
+    expected = functional.affine(x, angle, pixels, scale, [0.0], **bilinear)
+    cos, sin = math.cos(math.radians(angle)), math.sin(math.radians(angle))
+    inverse = torch.tensor([[[cos, sin], [-sin, cos]]]) / scale
+    moved = _warp(x, inverse, -torch.tensor([pixels]) / 16, "bilinear")
+    assert (moved.int() - expected.int()).abs().max() <= 1  # rounding
+
+
 def test_crop_flip_cuts_from_the_padded_image():
-    x = torch.randint(1, 256, (40, 3, 16, 16), dtype=torch.uint8)
-    y = ((augmented(x, augment="crop_flip") + 1) * 127.5).round().to(torch.uint8)
-    padded = v2.functional.pad(x, [2] * 4)
+    x = photographs(n=40)
+    y = AUGMENTATIONS["crop_flip"](x)
+    padded = functional.pad(x, [2] * 4)
     for i in range(len(x)):
         crops = padded[i].unfold(1, 16, 1).unfold(2, 16, 1).permute(1, 2, 0, 3, 4).flatten(0, 1)
         assert (torch.cat([crops, crops.flip(-1)]) == y[i]).flatten(1).all(1).any()
+
+
+def test_affine_shares_one_map_among_the_frames_of_a_sequence():
+    frame = torch.rand(5, 1, 2, 16, 16)
+    y = AUGMENTATIONS["affine"](frame.expand(-1, 3, -1, -1, -1))
+    assert y.shape == (5, 3, 2, 16, 16) and torch.equal(y, y[:, :1].expand_as(y))
+    assert not torch.equal(y[0, 0], frame[0, 0])
 
 
 def test_only_training_samples_vary():
@@ -67,8 +87,9 @@ def test_draws_follow_the_seed_and_no_two_batches_share_them(num_workers):
 
 
 def test_erase_blackens_a_rectangle_of_some_samples():
+    loader = digits(erase=0.5).train_dataloader()
     # The frames of a recording lose the same rectangle.
-    frames = augmented(torch.full((400, 3, 2, 16, 16), 255).byte(), erase=0.5)
+    frames = loader.collate_fn((torch.full((400, 3, 2, 16, 16), 255).byte(), None))[0]
     assert torch.equal(frames, frames[:, :1, :1].expand_as(frames))
     erased = frames[:, 0, 0] == -1
     assert 0.4 < erased.flatten(1).any(1).float().mean() < 0.6
