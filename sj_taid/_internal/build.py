@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import traceback
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -27,6 +29,8 @@ UNFIT = (
     *(ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError),
     *(RuntimeError, TypeError, ValueError),
 )
+#: ``*args`` and ``**kwargs``
+STARRED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def build(
@@ -64,16 +68,30 @@ def build(
             check_kinds(declared_kinds(target), node, f"{place}.")
         values = {key: call(value) for key, value in node.items() if key not in KEYWORDS}
         try:
-            return partial(target, **values) if node.get("_partial_") else target(**values)
+            if not node.get("_partial_"):
+                return target(**values)
+            inspect.signature(target).bind_partial(**values)
+            return partial(target, **values)
         except UNFIT as error:
-            # An assertion may have no words but its own line.
-            words = str(error) or traceback.extract_tb(error.__traceback__)[-1].line or ""
-            first, *_ = words.split("\n")
-            raise ValueError(f"{place}: {first}") from error
+            raise ValueError(_explain(error, target, values, place)) from error
 
     for name in targets(config):
         find_class(name, trust, trusted)
     return call(config)
+
+
+def _explain(error: Exception, target: Any, values: Mapping[str, Any], place: str) -> str:
+    """Why a class does not take its arguments: in its own words, or by naming those it takes."""
+    # An assertion may have no words but its own line.
+    words = str(error) or traceback.extract_tb(error.__traceback__)[-1].line or ""
+    first, *_ = words.split("\n")
+    unknown = re.search(r"unexpected keyword argument '(\w+)'", first)
+    if not unknown or unknown[1] not in values:
+        return f"{place}: {first}"
+    taken = inspect.signature(target).parameters.values()
+    names = {one.name for one in taken if one.kind not in STARRED} | values.keys()
+    there = ", ".join(sorted(names - {unknown[1]}))
+    return f"there is no {place}.{unknown[1]}; {place} has {there}"
 
 
 def targets(node: Any) -> Iterator[Any]:

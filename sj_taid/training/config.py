@@ -80,7 +80,7 @@ def keys_there(command: str, overrides: Sequence[str], key: str) -> str:
         place, node = "", cfg
     names = ", ".join(sorted(name for name in map(str, node) if name[0] != "_"))
     parts: Any = {} if place else OmegaConf.to_container(cfg)
-    alike = [name for name in flatten(parts) if last in name]
+    alike = [name for name in flatten(parts) if last in name.rpartition(".")[2]]
     elsewhere = f"; elsewhere: {', '.join(alike)}" if alike else ""
     has = f"{place or 'the config'} has {names}" if names else f"no {place} is chosen"
     return f"there is no {key}; {has}{elsewhere}"
@@ -88,8 +88,9 @@ def keys_there(command: str, overrides: Sequence[str], key: str) -> str:
 
 def refuse_unknown(command: str, keys: Set[Any]) -> None:
     """Raise a ``ValueError`` for keys that the command does not know: a misspelt ``+key``."""
-    groups = {path.name for path in Path(CONF).iterdir() if path.is_dir()}
-    known: Any = OmegaConf.load(Path(CONF, f"{command}.yaml")).keys() | groups
+    known: Any = OmegaConf.load(Path(CONF, f"{command}.yaml")).keys()
+    if command == "train":
+        known |= {path.name for path in Path(CONF).iterdir() if path.is_dir()}
     if unknown := keys - known:
         names = ", ".join(sorted(known - {"defaults", "hydra", "experiment"}))
         raise ValueError(f"the config has no {', '.join(map(str, unknown))}; there are {names}")
@@ -176,6 +177,12 @@ def validate(cfg: DictConfig) -> None:
     for key, (choice, name, own) in OF_ONE_TASK.items():
         if OmegaConf.select(cfg, key) and own not in cfg.task:
             raise ValueError(f"{choice} is for task={name}; add that, or leave {choice} out")
+    precision = str(cfg.trainer.get("precision"))
+    if precision in ("16-true", "bf16-true", "64-true", "64") and "loss" not in cfg.task:
+        raise ValueError(
+            f"trainer.precision={precision} has no 32-bit weights, in which alone images are "
+            "measured and drawn; choose trainer.precision=bf16-mixed, or 16-mixed"
+        )
     if cfg.get("decoder") and "loss" in cfg.task:
         raise ValueError(f"{task.__name__} makes no images, which decoder= is for; leave it out")
     metrics = "|".join(task.objectives)

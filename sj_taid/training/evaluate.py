@@ -14,7 +14,7 @@ from .._internal.context import seeded
 from .callbacks import ProgressBar, watch_neurons
 from .checkpoint import load_weights, read_checkpoint
 from .compare import COSTS
-from .config import flatten
+from .config import flatten, refuse_unknown
 from .evaluator import Evaluator
 from .messages import show_metrics
 from .parts import Parts, build_parts
@@ -37,6 +37,7 @@ def evaluate(cfg: DictConfig, **origin: Any) -> dict[str, Any]:
     """
     silence_notes()
     reuse_freed_memory()
+    refuse_unknown("evaluate", cfg.keys())
     run = Run.find(cfg.checkpoint)
     with run.lock():
         parts = build_parts(evaluated_config(cfg, run))

@@ -109,13 +109,6 @@ class Generation(Task):
         if data.validation_set is not None:
             evaluator.fad_alone().prepare(data.test_on_validation())
 
-    def setup(self, stage: str) -> None:
-        if self.trainer.precision in ("16-true", "bf16-true", "64-true"):
-            raise ValueError(
-                f"trainer.precision={self.trainer.precision} has no 32-bit weights, in which alone "
-                "images are measured and drawn; choose trainer.precision=bf16-mixed, or 16-mixed"
-            )
-
     def on_train_start(self) -> None:
         if self.flow:
             self.flow.clear()  # a resumed run's was fitted to an earlier encoder

@@ -137,9 +137,11 @@ def draw_confusion(counts: Tensor, names: Sequence[str], path: Path) -> None:
 
 
 def _label(axis: Axes, x: str, y: str) -> None:
-    """Label the axes; the horizontal one has whole numbers."""
+    """Label the axes; the horizontal one has whole numbers, none beyond the curves."""
     axis.set(xlabel=x, ylabel=y)
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    first, last = axis.dataLim.intervalx
+    ticks = MaxNLocator(integer=True).tick_values(first, last)
+    axis.set_xticks([tick for tick in ticks if first <= tick <= last])
     axis.grid(alpha=0.3)
 
 

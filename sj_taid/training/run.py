@@ -26,6 +26,7 @@ METRICS = "metrics.json"
 EVALUATIONS = "evaluations"
 CHECKPOINTS = "checkpoints"
 LOCK = ".lock"
+LOG = "train.log"
 
 #: remedy for a folder that this run cannot use
 ELSEWHERE = "start a new run in another folder: hydra.run.dir=..., of a sweep hydra.sweep.dir=..."
@@ -86,7 +87,7 @@ class Run:
     def lock(self) -> Iterator[None]:
         """Keep other processes out of the folder, but for processes of the same distributed run.
 
-        A folder in which nothing was written goes at the end.
+        A folder that was empty goes at the end, if nothing but a log was written in it.
 
         Raises:
             ValueError: another process is in it.
@@ -101,12 +102,14 @@ class Run:
             raise ValueError(
                 f"another command runs in {self.folder}; wait for it, or take another folder"
             ) from error
+        was_empty = {path.name for path in self.folder.iterdir()} <= {LOCK}
         try:
             yield
         finally:
-            if {path.name for path in self.folder.iterdir()} <= {LOCK}:
+            if was_empty and {path.name for path in self.folder.iterdir()} <= {LOCK, LOG}:
                 with suppress(OSError, ValueError):  # a folder that holds others, or is elsewhere
-                    (self.folder / LOCK).unlink(missing_ok=True)
+                    for name in (LOG, LOCK):
+                        (self.folder / name).unlink(missing_ok=True)
                     os.removedirs(self.folder.absolute().relative_to(Path.cwd()))
             lock.release()
 

@@ -68,7 +68,9 @@ def train(cfg: DictConfig, folder: str | Path, **origin: Any) -> dict[str, Any]:
         return run.metrics
     origin = {"choices": {}, "overrides": [], "command": "", **origin, **provenance()}
 
-    task, data = parts.task, parts.load_data()
+    task = parts.task
+    task.configure_optimizers()  # Lightning's call comes when something is written
+    data = parts.load_data()
     timer = Stopwatch(parts.trainer.keywords.get("max_time"))  # a checkpoint keeps its seconds
     history = History(run.folder, parts.pictures)
     callbacks = [

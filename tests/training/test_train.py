@@ -80,7 +80,7 @@ class LastStep(torch.nn.Module):
 
 def test_train_with_a_decoder_of_ones_own(tmp_path):
     name = f"{__name__}.LastStep"
-    decoder = [f"decoder._target_={name}", "~decoder.kernel_size", "~decoder.squeeze"]
+    decoder = [f"decoder._target_={name}", "~decoder.squeeze"]
     fit(tmp_path, *TINY, *decoder, f"trust=[{name}]", "pictures=true")
     assert (tmp_path / "samples.png").is_file() and not (tmp_path / "attention.png").exists()
 
