@@ -68,6 +68,7 @@ ERRORS = {
     "train +task.x=1": "^there is no task.x; task has .*lr_scale,.* prior_lr_scale",
     "train metric=null seed=null": "^~metric leaves a group out, =null does not",
     "train seed=null": "^seed: input should be a valid integer, but it is None",
+    "train accelerate=null": "^accelerate: input should be a valid boolean, but it is None",
     "train neuron=alef": r"Could not find 'neuron/alef'(?s:.*)alif",
     "train dataset=mnist hydra.run.dir=run": "no MNIST at dataset.root=data/mnist",
     "train resume=nowhere": r"^resume= needs the folder of a run.*but got .*nowhere\n\(HYDRA",
