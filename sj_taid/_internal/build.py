@@ -86,12 +86,12 @@ def _explain(error: Exception, target: Any, values: Mapping[str, Any], place: st
     words = str(error) or traceback.extract_tb(error.__traceback__)[-1].line or ""
     first, *_ = words.split("\n")
     unknown = re.search(r"unexpected keyword argument '(\w+)'", first)
-    if not unknown or unknown[1] not in values:
-        return f"{place}: {first}"
-    taken = inspect.signature(target).parameters.values()
-    names = {one.name for one in taken if one.kind not in STARRED} | values.keys()
-    there = ", ".join(sorted(names - {unknown[1]}))
-    return f"there is no {place}.{unknown[1]}; {place} has {there}"
+    if unknown and unknown[1] in values:
+        taken = inspect.signature(target).parameters.values()
+        names = {one.name for one in taken if one.kind not in STARRED} | values.keys()
+        if there := ", ".join(sorted(names - {unknown[1]})):
+            return f"there is no {place}.{unknown[1]}; {place} has {there}"
+    return f"{place}: {first}"
 
 
 def targets(node: Any) -> Iterator[Any]:

@@ -187,7 +187,10 @@ def validate(cfg: DictConfig) -> None:
         raise ValueError(f"{task.__name__} makes no images, which decoder= is for; leave it out")
     metrics = "|".join(task.objectives)
     if not re.fullmatch(rf"(validation_)?({metrics})(_[a-z_]+)?", str(cfg.objective)):
-        raise ValueError(f"objective={cfg.objective} is none of {metrics}, also of validation_...")
+        names = ", ".join(task.objectives)
+        raise ValueError(
+            f"objective={cfg.objective} is none of {names}, or one of them after validation_"
+        )
     reserved = {"logger", "callbacks", "default_root_dir", "plugins", "enable_progress_bar"}
     if taken := reserved & cfg.trainer.keys():
         raise ValueError(f"trainer.{taken.pop()} is set by the run; leave it out")

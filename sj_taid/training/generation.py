@@ -101,8 +101,8 @@ class Generation(Task):
             return
         if (count := len(data.test_set)) < evaluator.needed:
             log.warning(
-                "FAD needs %d test images, but there are %d, so it is left out; metric=small takes "
-                "fewer, or raise dataset.test_share",
+                "FAD needs %d test images, but there are %d, so it is left out; raise "
+                "dataset.test_share, or take metric=small, which needs 17",
                 *(evaluator.needed, count),
             )
         evaluator.prepare(data)

@@ -66,6 +66,7 @@ ERRORS = {
     "train +model.x=1": "^there is no model.x; model has T, .*, subpixel\n",
     "train +trainer.flop=3": "^there is no trainer.flop; trainer has .* max_epochs,",
     "train +task.x=1": "^there is no task.x; task has .*lr_scale,.* prior_lr_scale",
+    "train +callbacks.progress_bar.x=1": "^callbacks.progress_bar: .* keyword argument 'x'",
     "train metric=null seed=null": "^~metric leaves a group out, =null does not",
     "train seed=null": "^seed: input should be a valid integer, but it is None",
     "train accelerate=null": "^accelerate: input should be a valid boolean, but it is None",

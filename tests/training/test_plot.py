@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torchvision.io import decode_image
 
-from sj_taid.training.plot import draw_classes, draw_confusion
+from sj_taid.training.plot import _label, draw_classes, draw_confusion
 
 
 @pytest.mark.parametrize("names", [[], ["a gesture of both hands" * 4] * 2], ids=len)
@@ -12,6 +13,16 @@ def test_draw_confusion_cuts_no_class_name(tmp_path, names):
     draw_confusion(torch.tensor([[5, 1], [0, 7]]), names, tmp_path / "a.png")
     white = decode_image(tmp_path / "a.png").eq(255).all(0)
     assert white[[0, -1]].all() and white[:, [0, -1]].all()
+
+
+@pytest.mark.parametrize(("first", "last"), [(1, 1), (1, 2), (0, 20), (1, 21), (1, 300)])
+def test_ticks_are_whole_numbers_within_the_curve(first, last):
+    axis = Figure().subplots()
+    axis.plot(range(first, last + 1), [0.0] * (last + 1 - first))
+    _label(axis, "epoch", "loss")
+    ticks = axis.get_xticks()
+    assert len(ticks) and (ticks == ticks.round()).all()
+    assert first <= ticks.min() and ticks.max() <= last
 
 
 class Shades:

@@ -33,6 +33,30 @@ def plain(cfg):
     return OmegaConf.to_container(cfg, resolve=True)
 
 
+@pytest.mark.parametrize(
+    ("before", "within", "left"),
+    [
+        (None, ["train.log"], None),  # a folder of its own, and those above it
+        (["train.log"], [], ["train.log"]),
+        (["notes.txt"], ["train.log"], ["notes.txt", "train.log"]),
+        (None, ["train.log", "config.yaml"], ["config.yaml", "train.log"]),
+    ],
+)
+def test_lock_removes_what_a_refusal_leaves_alone(tmp_path, monkeypatch, before, within, left):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "runs" / "a"
+    for name in before or ():
+        folder.mkdir(parents=True)
+        (folder / name).write_text("mine")
+    with pytest.raises(ValueError, match="refused"), Run("runs/a").lock():
+        for name in within:
+            (folder / name).touch()
+        raise ValueError("refused")
+    assert (tmp_path / "runs").exists() == (left is not None)
+    names = {path.name for path in tmp_path.rglob("*") if path.is_file()} - {".lock"}
+    assert names == {*(left or ())}
+
+
 def test_lock_admits_one_process_at_a_time(tmp_path, monkeypatch):
     with Run(tmp_path / "run").lock():
         message = "another command runs in .*run; wait for it"
