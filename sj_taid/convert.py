@@ -157,6 +157,12 @@ def _successor(site: Site, function: Any, others: Collection[Any]) -> tuple[Any,
             f"does not hold the old one, but for {site.path!r} it gave {new!r:.80}; write "
             "{Class: lambda old: ALIFNode(...)}"
         )
+    try:
+        object.__setattr__(object.__new__(type(site.node)), "__class__", type(new))
+    except TypeError as error:
+        raise TypeError(
+            f"{site.path!r} cannot become a {type(new).__name__} ({error}); leave out __slots__"
+        ) from error
     return new.to(site.device, site.dtype), "by replace="
 
 
@@ -206,8 +212,16 @@ def _become(old: nn.Module, new: nn.Module) -> None:
                 # The old dictionaries themselves, so that handles to remove a hook still work.
                 hooks.update(getattr(new, name))
             vars(new)[name] = hooks
+    object.__setattr__(old, "__class__", type(new))  # first, as it alone can fail
     old.__dict__ = vars(new)
-    old.__class__ = type(new)
+
+
+def _keep_attributes(old: nn.Module, new: nn.Module, kind: type[nn.Module]) -> None:
+    """Give ``new`` the attributes that a user set on ``old``, and that a new ``kind`` has not."""
+    known = vars(kind()).keys() | vars(new).keys()
+    for name, value in vars(old).items():
+        if name not in known and not name.startswith("_taid_"):
+            vars(new)[name] = value
 
 
 def _swapped(site: Site, filter: Any, options: dict[str, Any]) -> tuple[Any, str]:
@@ -291,6 +305,8 @@ def _to_alif(site: Site, learn_tau: bool, **options: Any) -> ALIFNode:
         alif.w.data.fill_(NO_LEAK_W)
         alif.w.requires_grad_(False)
     _copy_voltage(node, alif)
+    kind = next(kind for kind in compat.PLAIN_NEURONS if isinstance(node, kind))
+    _keep_attributes(node, alif, kind)
     return alif
 
 
@@ -309,6 +325,7 @@ def _to_lif(node: Any) -> neuron.BaseNode:
     else:
         plain = neuron.LIFNode(tau=tau, decay_input=node.decay_input, **options)
     _copy_voltage(node, plain, scale)
+    _keep_attributes(node, plain, ALIFNode)
     return plain
 
 

@@ -8,7 +8,7 @@ import torch
 from spikingjelly.activation_based import functional, neuron
 from torch import nn
 
-from sj_taid import ALIFNode
+from sj_taid import ALIFNode, swap_neurons
 from sj_taid._internal import compat
 from sj_taid.ops import backends
 
@@ -85,6 +85,15 @@ def test_private_names_of_spikingjelly_are_there():
         assert node._neuron_precision is None and not compat.has_precision_policy(node)
         node._neuron_precision = (torch.float16, "fp32", "fp32")
         assert compat.has_precision_policy(node)
+
+
+@pytest.mark.skipif(not compat.FUNCTIONAL_STATES, reason="0.0.0.0.14 has no such cache")
+def test_a_renamed_cache_is_said_after_a_swap(monkeypatch):
+    monkeypatch.delattr(functional.net_config, "_RESET_MODULE_CACHE")
+    net = nn.Sequential(neuron.LIFNode())
+    with pytest.warns(UserWarning, match=r"functional\.reset_net\(net\) ran before the swap"):
+        swap_neurons(net)
+    assert isinstance(net[0], ALIFNode)
 
 
 def test_a_missing_triton_is_not_said_while_we_run_a_net(caplog):

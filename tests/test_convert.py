@@ -94,6 +94,7 @@ def test_swap_and_to_lif_keep_options_hooks_and_optimisers():
     node = neuron.ParametricLIFNode(init_tau=4.0, v_threshold=0.6, **options).eval()
     node.set_reset_value("v", 0.25)
     node.reset()
+    node.gain = 2.0  # which a net may read
     w, net, calls = node.w, nn.Sequential(nn.Identity(), node), []
     handle = node.register_forward_hook(lambda *args: calls.append("forward"))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
@@ -101,6 +102,7 @@ def test_swap_and_to_lif_keep_options_hooks_and_optimisers():
     alif = net[1]
     assert {name: getattr(alif, name) for name in options} == options
     assert (alif.v, alif.min_v_threshold, alif.backend) == (0.25, 0.1, "torch")
+    assert vars(alif).keys() - vars(ALIFNode()).keys() == {"gain", "_taid_name"}
     assert alif.w is w is optimizer.param_groups[0]["params"][0]
     x_seq = torch.rand(3, 2)
     alif(x_seq)
@@ -112,6 +114,7 @@ def test_swap_and_to_lif_keep_options_hooks_and_optimisers():
     plain = to_lif(alif)
     assert type(plain) is neuron.LIFNode and not alif.training and not plain.training
     assert (plain.tau, plain.v, plain.v_threshold) == (4.0, 0.25, pytest.approx(0.1))
+    assert vars(plain).keys() - vars(neuron.LIFNode()).keys() == {"gain"}
     copied = plain.surrogate_function
     assert copied is not options["surrogate_function"] and copied.alpha == 3.0
     assert {n: getattr(plain, n) for n in options} == options | {"surrogate_function": copied}

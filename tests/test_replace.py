@@ -356,6 +356,22 @@ def test_what_is_no_successor_leaves_the_net():
     assert [type(module) for module in net] == [MultiSpike4, neuron.LIFNode]
 
 
+class Slotted(nn.Module):
+    """A class whose objects none of another class can become."""
+
+    __slots__ = ("size",)
+
+
+def test_a_successor_that_no_neuron_can_become_leaves_the_net():
+    net = nn.Sequential(neuron.LIFNode(), MultiSpike4(), MultiSpike4())
+    before = [dict(vars(module)) for module in net]
+    made = iter([nn.Identity(), Slotted()])
+    with pytest.raises(TypeError, match=r"'2' cannot become a Slotted .* leave out __slots__"):
+        swap_neurons(net, replace={MultiSpike4: lambda old: next(made)})
+    assert [type(module) for module in net] == [neuron.LIFNode, MultiSpike4, MultiSpike4]
+    assert [dict(vars(module)) for module in net] == before
+
+
 def test_other_neurons_become_alif_and_a_class_of_spikingjellys_may_be_named():
     lif, plif = neuron.LIFNode(), neuron.ParametricLIFNode()
     net = nn.Sequential(MultiSpike4(), lif, plif)

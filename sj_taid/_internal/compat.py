@@ -8,6 +8,7 @@ the two, so that :class:`sj_taid.ALIFNode` is written once.
 
 import inspect
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -63,8 +64,15 @@ def forget_reset_cache() -> None:
 
     All of it, as the net may be a part of others.
     """
-    if FUNCTIONAL_STATES:
-        functional.net_config._RESET_MODULE_CACHE.clear()
+    cache = getattr(getattr(functional, "net_config", None), "_RESET_MODULE_CACHE", None)
+    if cache is not None:
+        cache.clear()
+    elif FUNCTIONAL_STATES:
+        warnings.warn(
+            "this SpikingJelly keeps no cache of the modules to reset where sj-taid clears it: if "
+            "functional.reset_net(net) ran before the swap, check that it resets the new neurons",
+            stacklevel=3,
+        )
 
 
 @contextmanager
