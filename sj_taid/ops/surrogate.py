@@ -235,7 +235,7 @@ DERIVATIVES: dict[type, Derivative] = {
 
 
 #: where a module keeps hooks on its calls
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def counts(surrogate_function: Any) -> bool:

@@ -93,6 +93,7 @@ def hooked(register):
         (hooked("register_forward_hook"), "hooks, which no kernel"),
         (hooked("register_forward_pre_hook"), "hooks, which no kernel"),
         (hooked("register_full_backward_hook"), "hooks, which no kernel"),
+        (hooked("register_full_backward_pre_hook"), "hooks, which no kernel"),
         (surrogate.Sigmoid(alpha=nn.Parameter(torch.tensor(4.0))), "alpha .* Parameter"),
         (surrogate.Sigmoid(alpha=torch.tensor(4.0)), "alpha .* Tensor"),
     ],
