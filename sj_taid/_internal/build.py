@@ -70,7 +70,8 @@ def build(
         try:
             if not node.get("_partial_"):
                 return target(**values)
-            inspect.signature(target).bind_partial(**values)
+            with suppress(ValueError):  # a class without a signature
+                inspect.signature(target).bind_partial(**values)
             return partial(target, **values)
         except UNFIT as error:
             raise ValueError(_explain(error, target, values, place)) from error
@@ -88,8 +89,9 @@ def _explain(error: Exception, target: Any, values: Mapping[str, Any], place: st
     unknown = re.search(r"unexpected keyword argument '(\w+)'", first)
     if unknown and unknown[1] in values:
         taken = inspect.signature(target).parameters.values()
-        names = {one.name for one in taken if one.kind not in STARRED} | values.keys()
-        if there := ", ".join(sorted(names - {unknown[1]})):
+        names = {one.name for one in taken if one.kind not in STARRED}
+        there = ", ".join(sorted((names | values.keys()) - {unknown[1]}))
+        if there and unknown[1] not in names:  # else another class within refuses it
             return f"there is no {place}.{unknown[1]}; {place} has {there}"
     return f"{place}: {first}"
 

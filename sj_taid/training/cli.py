@@ -118,8 +118,8 @@ def format_error(error: Exception, command: str = "train") -> str:
         text = keys_there(command, sys.argv[1:], found[1])
     if text.startswith("Config group override must be a string"):
         keys = [key_of(word) for word in sys.argv[1:] if word.endswith("=null")]
-        groups = [f"~{key}" for key in keys if Path(CONF, key).is_dir()]
-        text = f"{' '.join(groups)} leaves a group out, =null does not"
+        if groups := [f"~{key}" for key in keys if key in ("callbacks", "logger", "metric")]:
+            text = f"{' '.join(groups)} leaves a group out, =null does not"
     if text.startswith("Missing mandatory value: checkpoint"):
         text = "checkpoint= is missing: give the folder of a run, as checkpoint=runs/1"
     if "No supported gpu backend" in text:

@@ -33,8 +33,8 @@ ENOUGH_OF_A_CLASS = 50
 class Generation(Task):
     """Training of an autoencoder that samples: by its own ``training_loss(image, progress)``.
 
-    That gives ``loss`` and its terms, and ``image``, the reconstruction. Called with images, the
-    model returns an object with ``image``, too, and ``sample(n)`` gives new images.
+    That gives ``loss`` and its terms and, for a feature loss, ``image``, the reconstruction. Called
+    with images, the model returns an object with ``image``, too; ``sample(n)`` gives new images.
 
     Args:
         args, kwargs: the arguments of :class:`~sj_taid.training.task.Task`.
@@ -118,7 +118,7 @@ class Generation(Task):
         epochs = max((self.trainer.max_epochs or 1) - 1, 1)
         progress = min(self.current_epoch / epochs, 1.0)  # 0 in the first epoch, 1 in the last
         losses = self.model.training_loss(image, progress)
-        loss, reconstruction = losses.pop("loss"), losses.pop("image")
+        loss, reconstruction = losses.pop("loss"), losses.pop("image", None)
         if self.feature_loss:
             losses["features"] = self.feature_loss(reconstruction, image)
             loss = loss + losses["features"]

@@ -69,7 +69,8 @@ def train(cfg: DictConfig, folder: str | Path, **origin: Any) -> dict[str, Any]:
     origin = {"choices": {}, "overrides": [], "command": "", **origin, **provenance()}
 
     task = parts.task
-    task.configure_optimizers()  # Lightning's call comes when something is written
+    if task.optimizer:  # tried before anything is written; Lightning makes its own
+        task.optimizer(task.parameter_groups())
     data = parts.load_data()
     timer = Stopwatch(parts.trainer.keywords.get("max_time"))  # a checkpoint keeps its seconds
     history = History(run.folder, parts.pictures)
