@@ -125,6 +125,7 @@ def swap_neurons(
         else:
             new, notes[site] = _swapped(site, filter, options)
         if new is not None:
+            _check_becomes(site, new)
             new_of[site] = new
     if example is not None:
         own = {site: new for site, new in new_of.items() if type(site.node) in replace}
@@ -157,12 +158,6 @@ def _successor(site: Site, function: Any, others: Collection[Any]) -> tuple[Any,
             f"does not hold the old one, but for {site.path!r} it gave {new!r:.80}; write "
             "{Class: lambda old: ALIFNode(...)}"
         )
-    try:
-        object.__setattr__(object.__new__(type(site.node)), "__class__", type(new))
-    except TypeError as error:
-        raise TypeError(
-            f"{site.path!r} cannot become a {type(new).__name__} ({error}); leave out __slots__"
-        ) from error
     return new.to(site.device, site.dtype), "by replace="
 
 
@@ -202,6 +197,16 @@ def to_lif(net: nn.Module) -> nn.Module:
     return copied
 
 
+def _check_becomes(site: Site, new: nn.Module) -> None:
+    """Raise a ``TypeError`` if no object of the module's class can become one of ``new``'s."""
+    try:
+        object.__setattr__(object.__new__(type(site.node)), "__class__", type(new))
+    except TypeError as error:
+        raise TypeError(
+            f"{site.path!r} cannot become a {type(new).__name__} ({error}); leave out __slots__"
+        ) from error
+
+
 def _become(old: nn.Module, new: nn.Module) -> None:
     """Make ``old`` the module that ``new`` is, in every place that holds it; its hooks stay."""
     new.train(old.training)
@@ -212,7 +217,7 @@ def _become(old: nn.Module, new: nn.Module) -> None:
                 # The old dictionaries themselves, so that handles to remove a hook still work.
                 hooks.update(getattr(new, name))
             vars(new)[name] = hooks
-    object.__setattr__(old, "__class__", type(new))  # first, as it alone can fail
+    object.__setattr__(old, "__class__", type(new))
     old.__dict__ = vars(new)
 
 
@@ -305,8 +310,7 @@ def _to_alif(site: Site, learn_tau: bool, **options: Any) -> ALIFNode:
         alif.w.data.fill_(NO_LEAK_W)
         alif.w.requires_grad_(False)
     _copy_voltage(node, alif)
-    kind = next(kind for kind in compat.PLAIN_NEURONS if isinstance(node, kind))
-    _keep_attributes(node, alif, kind)
+    _keep_attributes(node, alif, compat.kind_of(node))
     return alif
 
 

@@ -362,6 +362,17 @@ class Slotted(nn.Module):
     __slots__ = ("size",)
 
 
+class SlottedLIF(neuron.LIFNode):
+    __slots__ = ("size",)
+
+
+def test_a_neuron_that_can_become_no_other_leaves_the_net():
+    net = nn.Sequential(neuron.LIFNode(), SlottedLIF())
+    with pytest.raises(TypeError, match=r"'1' cannot become a ALIFNode .* leave out __slots__"):
+        swap_neurons(net)
+    assert [type(module) for module in net] == [neuron.LIFNode, SlottedLIF]
+
+
 def test_a_successor_that_no_neuron_can_become_leaves_the_net():
     net = nn.Sequential(neuron.LIFNode(), MultiSpike4(), MultiSpike4())
     before = [dict(vars(module)) for module in net]

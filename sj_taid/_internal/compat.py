@@ -29,12 +29,17 @@ _PARTS = ("w", "v_threshold", "surrogate_function", "v", "v_seq")
 FUNCTIONAL_STATES: bool = hasattr(neuron.BaseNode, "single_step_functional_forward")
 
 
+def kind_of(node: nn.Module) -> Any:
+    """The class of ``PLAIN_NEURONS`` that a neuron is of, or derived from, or ``None``."""
+    return next((kind for kind in PLAIN_NEURONS if isinstance(node, kind)), None)
+
+
 def why_not_plain(node: nn.Module) -> str | None:
     """Why a neuron may compute something other than a LIF, PLIF or IF, or ``None``.
 
     A subclass may override the constructor, what it prints and the backends that it names.
     """
-    kind = next((kind for kind in PLAIN_NEURONS if isinstance(node, kind)), None)
+    kind = kind_of(node)
     if kind is None:
         return "not a LIF, PLIF or IF neuron"
     own = {name for c in type(node).__mro__ if c not in kind.__mro__ for name in vars(c)}
