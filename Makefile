@@ -38,8 +38,8 @@ test-all: install ## Test what test and slow do, in one go
 # The unit tests, without training and what asks little of SpikingJelly: metrics, pages, kernels,
 # operations on tensors, what a graph is compiled to.
 NOT_LEGACY := experiments data metric training test_docs.py test_packaging.py test_extras.py
-NOT_LEGACY += test_cpu.py test_cuda.py test_fused.py test_kernels.py test_nvrtc.py test_norm_output.py test_readers.py
-NOT_LEGACY += test_flow.py test_writes.py
+NOT_LEGACY += test_cpu.py test_cuda.py test_fused.py test_kernels.py test_nvrtc.py
+NOT_LEGACY += test_norm_output.py test_readers.py test_flow.py test_writes.py
 test-legacy: install $(LEGACY) ## Test the library on SpikingJelly 0.0.0.0.14
 	PYTHONPATH=$(CURDIR)/$(LEGACY) $(BIN)/python $(PYTEST) \
 	  tests sj_taid $(NOT_LEGACY:%=--ignore-glob=*/%) -k "not inductor"

@@ -132,7 +132,7 @@ class Run:
     @property
     def num_workers(self) -> int | None:
         """How many processes load the data of the run that is in the folder, if there is one."""
-        return self.config.dataset.num_workers if (self.folder / CONFIG).is_file() else None
+        return self.config.dataset.get("num_workers") if (self.folder / CONFIG).is_file() else None
 
     @property
     def model_config(self) -> dict[str, Any]:
