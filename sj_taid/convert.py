@@ -13,7 +13,6 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ._internal import compat
 from ._internal.comparison import compare
-from ._internal.fused_neuron import NO_LEAK_W, restore
 from ._internal.neurons import (
     Site,
     as_inputs,
@@ -28,6 +27,7 @@ from ._internal.neurons import (
     why_silent,
 )
 from ._internal.report import Row, table_of
+from .fused_neuron import NO_LEAK_W, restore
 from .monitoring import notes_on_thresholds, warn_of
 from .neuron import ALIFNode
 from .ops import backends

@@ -21,7 +21,7 @@ from ._internal.checks import (
     check_sizes,
     is_number,
 )
-from ._internal.fused_neuron import FusedNeuron
+from .fused_neuron import FusedNeuron
 from .ops import backends
 from .ops.alif.plan import Charge
 from .ops.alif.reference import state_dtype

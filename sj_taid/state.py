@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from ._internal.fused_neuron import FusedNeuron
 from ._internal.neurons import check_net
+from .fused_neuron import FusedNeuron
 
 
 def name_neurons(net: nn.Module) -> None:

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from .._internal.fused_neuron import Accelerated, restore
 from .._internal.neurons import (
     Site,
     as_inputs,
@@ -22,6 +21,7 @@ from .._internal.neurons import (
     why_no_alif,
 )
 from .._internal.report import Row
+from ..fused_neuron import Accelerated, restore
 from ..neuron import ALIFNode
 from ..ops import backends, surrogate
 from .modules import (

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
 from .._internal import compat, graph, neurons
-from .._internal.fused_neuron import Accelerated, FusedNeuron
+from ..fused_neuron import Accelerated, FusedNeuron
 from ..neuron import ALIFNode
 from ..ops.alif.plan import Charge, Plans
 from . import sums as sums  # which registers its handlers, and those of functions

@@ -15,7 +15,7 @@ import sj_taid
 from sj_taid import ALIFNode, accelerate, unaccelerate
 from sj_taid._internal import graph
 from sj_taid._internal.compat import FUNCTIONAL_STATES
-from sj_taid._internal.fused_neuron import Accelerated
+from sj_taid.fused_neuron import Accelerated
 from sj_taid.ops import backends
 from sj_taid.ops.alif import reference
 from sj_taid.ops.surrogate import MultiLevelSpikeCount

@@ -7,17 +7,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import functional
-from ..acceleration.kept import Kept, Memory, keep, leave
-from ..acceleration.norms import find_source, reader_of
-from ..acceleration.saving import Counts, run_saving
-from ..ops import backends
-from ..ops import surrogate as derivatives
-from ..ops.alif.autograd import apply_fused
-from ..ops.alif.plan import Charge, Dynamics, Plan, Plans, Spec, arranged, find_plan, spec_of
-from ..ops.alif.reference import state_dtype
-from ..ops.bits import is_dense
-from . import compat, graph
+from . import functional
+from ._internal import compat, graph
+from .acceleration.kept import Kept, Memory, keep, leave
+from .acceleration.norms import find_source, reader_of
+from .acceleration.saving import Counts, run_saving
+from .ops import backends
+from .ops import surrogate as derivatives
+from .ops.alif.autograd import apply_fused
+from .ops.alif.plan import Charge, Dynamics, Plan, Plans, Spec, arranged, find_plan, spec_of
+from .ops.alif.reference import state_dtype
+from .ops.bits import is_dense
 
 #: ``w`` of a neuron without leak (IF): its sigmoid is 0, in float64 too. Not -inf, which would make
 #: averaged weights NaN.
