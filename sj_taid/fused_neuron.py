@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from . import functional
 from ._internal import compat, graph
-from .acceleration.kept import Kept, Memory, keep, leave
-from .acceleration.norms import find_source, reader_of
-from .acceleration.saving import Counts, run_saving
+from .kept.kept import Kept, Memory, keep, leave
+from .kept.norms import find_source, reader_of
+from .kept.saving import Counts, run_saving
 from .ops import backends
 from .ops import surrogate as derivatives
 from .ops.alif.autograd import apply_fused

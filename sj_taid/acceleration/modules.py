@@ -15,12 +15,11 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from .._internal import compat, graph, neurons
 from ..fused_neuron import Accelerated, FusedNeuron
+from ..kept.kept import Kept
+from ..kept.norms import normalize, place_of
+from ..kept.saving import run_saving
 from ..neuron import ALIFNode
 from ..ops.alif.plan import Charge, Plans
-from . import sums as sums  # which registers its handlers, and those of functions
-from .kept import Kept
-from .norms import normalize, place_of
-from .saving import run_saving
 
 
 class Exchanged(Accelerated):
