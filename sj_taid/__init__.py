@@ -10,12 +10,12 @@ from importlib import import_module
 from types import ModuleType
 
 from . import functional as functional
-from .acceleration.exchange import accelerate, unaccelerate
 from .binary_spikes import binary
 from .calibration import calibrate
-from .convert import swap_neurons, to_lif
 from .layer import TAID, FixedDecoder
 from .monitoring import monitor
+from .nets.convert import swap_neurons, to_lif
+from .nets.exchange import accelerate, unaccelerate
 from .neuron import ALIFNode
 from .optim import parameter_groups
 from .pretrained import create_model, list_models

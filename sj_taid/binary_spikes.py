@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ._internal.graph import address_of
-from ._internal.neurons import check_net
-from ._internal.report import table
+from .nets.neurons import check_net
+from .nets.report import table
 from .ops.counts import Counts, read_counts
 
 _aten = torch.ops.aten

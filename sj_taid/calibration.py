@@ -16,9 +16,9 @@ from torch.nn.utils.parametrize import is_parametrized
 from ._internal import compat
 from ._internal.checks import check, check_numbers, is_number
 from ._internal.context import forked
-from ._internal.neurons import check_net, find_neurons, need_neurons, why_silent
-from ._internal.report import table
 from .monitoring import LayerState, monitor, spikes_of
+from .nets.neurons import check_net, find_neurons, need_neurons, why_silent
+from .nets.report import table
 from .ops.surrogate import levels_of
 from .state import fresh_state, reset
 

@@ -257,7 +257,7 @@ def _adapt(spec: Spec, x: Tensor, v0: Any, w: Any, v_threshold: Any) -> tuple[An
 
 
 class Accelerated:
-    """A module whose class :mod:`.acceleration` has exchanged for a subclass, of the same name."""
+    """A module whose class :mod:`.nets.exchange` has exchanged for a subclass, of the same name."""
 
     #: the class that it had
     _taid_kind: type

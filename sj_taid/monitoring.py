@@ -14,8 +14,8 @@ from spikingjelly.activation_based import neuron
 from torch import Tensor, nn
 
 from ._internal import compat
-from ._internal.neurons import need_neurons
-from ._internal.report import table
+from .nets.neurons import need_neurons
+from .nets.report import table
 from .ops.surrogate import counts, levels_of
 
 #: The firing rate below which a layer counts as dead: it passes nothing on, and may receive no

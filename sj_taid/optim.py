@@ -6,7 +6,7 @@ from spikingjelly.activation_based import neuron
 from torch import nn
 
 from ._internal.checks import check_not_negative
-from ._internal.neurons import check_net
+from .nets.neurons import check_net
 from .neuron import ALIFNode
 
 

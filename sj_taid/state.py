@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from ._internal.neurons import check_net
 from .fused_neuron import FusedNeuron
+from .nets.neurons import check_net
 
 
 def name_neurons(net: nn.Module) -> None:

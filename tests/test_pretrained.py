@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sj_taid import create_model, list_models, pretrained
-from sj_taid.acceleration.modules import AcceleratedALIF
+from sj_taid.nets.modules import AcceleratedALIF
 
 safetensors = pytest.importorskip("safetensors.torch", reason="needs safetensors")
 

@@ -33,7 +33,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sj_taid import accelerate
-from sj_taid.acceleration.summary import NO_GRADIENT
+from sj_taid.nets.summary import NO_GRADIENT
 
 #: How to make a net of SpikingJelly; those of spikformer_cifar10 and below are for 32 x 32 pixels.
 NETS: dict[str, Callable[..., nn.Module]] = {

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from .._internal.build import build as build_object
 from .._internal.checks import expand_home
 from .._internal.extras import TRAIN, needs
-from .._internal.neurons import copy_net, find_neurons
-from ..acceleration.exchange import accelerate
 from ..calibration import fixed_thresholds, set_fixed_thresholds
+from ..nets.exchange import accelerate
+from ..nets.neurons import copy_net, find_neurons
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"

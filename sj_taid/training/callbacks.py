@@ -17,8 +17,8 @@ from matplotlib.image import imread
 from rich.progress import track
 
 from .._internal.context import eval_mode, seeded
-from .._internal.neurons import find_neurons
 from ..monitoring import monitor, notes_on_thresholds, warn_of
+from ..nets.neurons import find_neurons
 from .plot import draw_curves, draw_parameters
 
 log = logging.getLogger(__name__)

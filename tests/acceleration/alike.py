@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 import sj_taid
 from sj_taid._internal.compat import FUNCTIONAL_STATES
-from sj_taid.acceleration.summary import find_readers
+from sj_taid.nets.summary import find_readers
 
 NUDGE = 4e-6
 #: 0.0.0.0.14's neurons give no gradient in evaluation

@@ -6,7 +6,7 @@ from spikingjelly.activation_based import functional, layer, neuron
 from torch import nn
 
 from sj_taid import accelerate
-from sj_taid.acceleration.summary import run_step
+from sj_taid.nets.summary import run_step
 from tests.acceleration.test_accelerate import images, make_net
 
 

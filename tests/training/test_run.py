@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from spikingjelly.activation_based import neuron
 
 from sj_taid._internal.build import build
-from sj_taid.acceleration.modules import AcceleratedNorm
+from sj_taid.nets.modules import AcceleratedNorm
 from sj_taid.training import Run, files, load_model
 from sj_taid.training import run as runs
 from sj_taid.training.checkpoint import read_checkpoint

@@ -11,9 +11,16 @@ from spikingjelly.activation_based import neuron
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from ._internal import compat
-from ._internal.comparison import compare
-from ._internal.neurons import (
+from .._internal import compat
+from ..fused_neuron import NO_LEAK_W, restore
+from ..monitoring import notes_on_thresholds, warn_of
+from ..neuron import ALIFNode
+from ..ops import backends
+from ..ops.alif.reference import state_dtype
+from ..ops.surrogate import counts
+from ..state import name_neurons
+from .comparison import compare
+from .neurons import (
     Site,
     as_inputs,
     check_net,
@@ -26,14 +33,7 @@ from ._internal.neurons import (
     why_no_alif,
     why_silent,
 )
-from ._internal.report import Row, table_of
-from .fused_neuron import NO_LEAK_W, restore
-from .monitoring import notes_on_thresholds, warn_of
-from .neuron import ALIFNode
-from .ops import backends
-from .ops.alif.reference import state_dtype
-from .ops.surrogate import counts
-from .state import name_neurons
+from .report import Row, table_of
 
 
 @dataclass(frozen=True)

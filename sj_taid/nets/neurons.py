@@ -12,11 +12,11 @@ from spikingjelly.activation_based import neuron
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .._internal import compat
 from ..fused_neuron import Accelerated
 from ..ops import backends
 from ..ops.bits import LARGEST_COUNT
 from ..ops.surrogate import counts, levels_of
-from . import compat
 from .report import Row
 
 

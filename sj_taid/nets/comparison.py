@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from .._internal import compat
+from .._internal.context import forked
 from ..ops.alif.reference import state_dtype
 from ..state import reset
-from . import compat
-from .context import forked
 from .neurons import Site, copy_net
 
 #: a change of the input, relative, that moves nothing but what lies at a threshold

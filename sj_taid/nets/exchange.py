@@ -9,18 +9,6 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from .._internal.neurons import (
-    Site,
-    as_inputs,
-    check_net,
-    copy_net,
-    describe_equality,
-    describe_single_steps,
-    find_neurons,
-    need_neurons,
-    why_no_alif,
-)
-from .._internal.report import Row
 from ..fused_neuron import Accelerated, restore
 from ..neuron import ALIFNode
 from ..ops import backends, surrogate
@@ -31,6 +19,18 @@ from .modules import (
     accelerate_module,
     why_no_norm,
 )
+from .neurons import (
+    Site,
+    as_inputs,
+    check_net,
+    copy_net,
+    describe_equality,
+    describe_single_steps,
+    find_neurons,
+    need_neurons,
+    why_no_alif,
+)
+from .report import Row
 from .summary import ALREADY, FUSED, Acceleration, measure, norms_of, report_of
 
 

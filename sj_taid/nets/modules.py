@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
-from .._internal import compat, graph, neurons
+from .._internal import compat, graph
 from ..fused_neuron import Accelerated, FusedNeuron
 from ..kept.kept import Kept
 from ..kept.norms import normalize, place_of
 from ..kept.saving import run_saving
 from ..neuron import ALIFNode
 from ..ops.alif.plan import Charge, Plans
+from . import neurons
 
 
 class Exchanged(Accelerated):

@@ -17,10 +17,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .._internal import compat, graph
 from .._internal.context import forked
-from .._internal.neurons import find_neurons
-from .._internal.report import Row, table_of
 from ..ops.counts import read_counts
 from .modules import AcceleratedNorm, why_no_norm
+from .neurons import find_neurons
+from .report import Row, table_of
 
 FUSED, ALREADY = "fused operator", "on the fused operator already"
 NO_GRADIENT, APART = "its input requires no gradient", "computed apart: "
@@ -35,7 +35,7 @@ class Acceleration:
     """The report of :func:`.accelerate`; ``print`` it for a table.
 
     Attributes:
-        rows: a :class:`~sj_taid.convert.Row` for each neuron and norm.
+        rows: a :class:`~sj_taid.nets.convert.Row` for each neuron and norm.
         saved_bytes: bytes saved for backward, before and after, if there was an example input;
             not that input itself, nor parameters and buffers.
         step_ms: milliseconds of a training step, before and after: the least of turns.

@@ -1,1 +1,0 @@
-"""Less memory and time for SpikingJelly nets; README.md explains how."""
