@@ -12,7 +12,7 @@ from torch import nn
 
 from .._internal.build import TRUSTED, build
 from ..data import Data
-from ..pretrained import prepare
+from ..model.prepare import prepare
 from .config import validate
 from .evaluator import Evaluator
 from .task import Task

@@ -17,7 +17,7 @@ from torch import nn
 
 from .._internal.build import build, is_below
 from .._internal.checks import expand_home
-from ..pretrained import prepare
+from ..model.prepare import prepare
 from .config import CONFIG, flatten
 from .files import atomic_write
 
