@@ -5,11 +5,13 @@ from __future__ import annotations
 import inspect
 import re
 import traceback
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
 from importlib import import_module
 from typing import Any
+
+from .checks import targets
 
 #: Modules whose public classes a config may name: they do nothing but what their arguments say.
 TRUSTED = (
@@ -94,17 +96,6 @@ def _explain(error: Exception, target: Any, values: Mapping[str, Any], place: st
         if there and unknown[1] not in names:  # else another class within refuses it
             return f"there is no {place}.{unknown[1]}; {place} has {there}"
     return f"{place}: {first}"
-
-
-def targets(node: Any) -> Iterator[Any]:
-    """The classes that a config names."""
-    if isinstance(node, dict):
-        if "_target_" in node:
-            yield node["_target_"]
-        node = [*node.values()]
-    if isinstance(node, list):
-        for child in node:
-            yield from targets(child)
 
 
 def find_class(

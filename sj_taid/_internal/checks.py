@@ -1,7 +1,7 @@
 """Argument validation shared by the public functions."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
@@ -21,6 +21,17 @@ def is_whole(value: Any) -> bool:
 def expand_home(path: str | Path) -> Path:
     """The path, its ``~`` replaced if it is a user's; pathlib raises if it is not."""
     return Path(os.path.expanduser(str(path)))  # noqa: PTH111
+
+
+def targets(node: Any) -> Iterator[Any]:
+    """The classes that a config names."""
+    if isinstance(node, dict):
+        if "_target_" in node:
+            yield node["_target_"]
+        node = [*node.values()]
+    if isinstance(node, list):
+        for child in node:
+            yield from targets(child)
 
 
 #: what a value must be, in words, and whether it is

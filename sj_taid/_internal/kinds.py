@@ -10,7 +10,7 @@ from typing import Annotated, Any, get_type_hints
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from .build import targets
+from .checks import targets
 
 #: of torch and numpy
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
