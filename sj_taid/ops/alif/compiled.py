@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backends
 from ..bits import is_dense
-from .plan import Charge, Dynamics, Needs, arranged, find_plan, spec_of
+from .plan import ENGINES, Charge, Dynamics, Needs, arranged, find_plan, spec_of
 from .reference import state_dtype
 
 _NEURON = "Tensor x, Tensor? v0, float v_init, Tensor? w, Tensor v_threshold"
@@ -28,7 +27,7 @@ def _plan_of(x: Tensor, v_threshold: Tensor, dynamics: Any, store_v_seq: bool, s
     charge, *rest = dynamics
     dynamics = Dynamics(Charge(charge), None, None, *rest)
     spec = spec_of(x, dynamics, v_threshold.dim() > 0, store_v_seq=store_v_seq, saves=saves)
-    return find_plan(backends.engine_of(x.device.type), spec)
+    return find_plan(ENGINES[x.device.type], spec)
 
 
 @torch.library.custom_op(

@@ -20,7 +20,7 @@ from torch import Tensor
 from .. import bits
 from . import autograd, kernels
 from .kernels import NEED_NORM, NEED_V_THRESHOLD, NEED_W, NEED_X, Grid
-from .plan import Engine, Needs, Plan, Spec
+from .plan import ENGINES, Engine, Needs, Plan, Spec
 
 if torch.version.hip:
     raise ImportError("the kernels are for NVIDIA GPUs, not for ROCm")
@@ -197,7 +197,7 @@ def _prepare_packing(
     return _prepare(device, kernel, constants, blocks)
 
 
-ENGINE = Engine(CudaPlan, pack, unpack_into)
+ENGINES["cuda"] = ENGINE = Engine(CudaPlan, pack, unpack_into)
 #: :func:`sj_taid.ops.alif.reference.multi_step`, fused
 multi_step = partial(autograd.multi_step, ENGINE)
 

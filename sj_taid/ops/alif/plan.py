@@ -222,6 +222,10 @@ class Engine(NamedTuple):
     unpack_into: Callable[[Tensor, Tensor], None]
 
 
+#: device type -> the engine of its fused backend, which enters it when it is imported
+ENGINES: dict[str, Engine] = {}
+
+
 @lru_cache(maxsize=1024)
 def find_plan(engine: Engine, spec: Spec) -> Plan:
     """The plan of a spec, made once for all equal calls."""

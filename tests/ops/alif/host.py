@@ -23,6 +23,7 @@ import pytest
 import torch
 
 from sj_taid.ops.alif import autograd, kernels
+from sj_taid.ops.alif.plan import ENGINES
 from tests.helpers import results
 
 GXX = shutil.which("g++")
@@ -105,6 +106,7 @@ class Host:
         module = importlib.util.module_from_spec(spec)
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(sys.modules, "cupy", cupy)
+            patch.setitem(ENGINES, "cuda", None)  # a GPU's own is back afterwards
             spec.loader.exec_module(module)
         module._capacity = lambda device: self.capacity
         module._resident = lambda device, name: self.capacity

@@ -17,7 +17,7 @@ from sj_taid.ops import backends
 from sj_taid.ops.alif import kernels
 from sj_taid.ops.alif.autograd import dynamics_of
 from sj_taid.ops.alif.kernels import NEED_NORM, NEED_V_THRESHOLD, NEED_W, NEED_X
-from sj_taid.ops.alif.plan import Needs
+from sj_taid.ops.alif.plan import ENGINES, Needs
 from tests.helpers import Case, assert_close, assert_equal, results, tensors
 from tests.ops.alif.conformance import make_spec
 from tests.ops.alif.host import CompileError, needs_gxx, shifted
@@ -374,7 +374,7 @@ def test_function_is_not_loaded_while_a_graph_is_captured(launcher, monkeypatch)
 
 
 def test_the_operator_of_a_compiled_graph_makes_checkpoints_again(launcher, monkeypatch):
-    monkeypatch.setattr(backends, "engine_of", lambda device: launcher.cuda.ENGINE)
+    monkeypatch.setitem(ENGINES, "cpu", launcher.cuda.ENGINE)
     case = CASE.with_(shape=(24, 3, 8, 2))
 
     def operator(x_seq, v, w, v_threshold, store_v_seq, **options):

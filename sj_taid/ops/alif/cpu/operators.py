@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ... import bits
 from .. import autograd
-from ..plan import Engine, Needs, Plan, Spec
+from ..plan import ENGINES, Engine, Needs, Plan, Spec
 from . import loops, threads
 from .threads import Call, ask_for_huge_pages, partition
 
@@ -145,7 +145,7 @@ def unpack_into(packed: Tensor, values: Tensor) -> None:
         values.copy_(floats)
 
 
-ENGINE = Engine(_make_plan, pack, unpack_into)
+ENGINES["cpu"] = ENGINE = Engine(_make_plan, pack, unpack_into)
 unsupported = partial(autograd.unsupported, "cpu", DTYPES)
 #: :func:`sj_taid.ops.alif.reference.multi_step`, fused
 multi_step = partial(autograd.multi_step, ENGINE)
