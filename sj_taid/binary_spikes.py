@@ -20,9 +20,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ._internal.graph import address_of
+from .counts import Counts, read_counts
 from .nets.neurons import check_net
 from .nets.report import table
-from .ops.counts import Counts, read_counts
 
 _aten = torch.ops.aten
 _CONVOLUTION = _aten.convolution.default

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .._internal import compat, graph
 from .._internal.context import forked
-from ..ops.counts import read_counts
+from ..counts import read_counts
 from .modules import AcceleratedNorm, why_no_norm
 from .neurons import find_neurons
 from .report import Row, table_of

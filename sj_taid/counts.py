@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .bits import LARGEST_COUNT
+from .ops.bits import LARGEST_COUNT
 
 
 class Counts(NamedTuple):
