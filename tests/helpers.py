@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,9 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from sj_taid.ops.alif import reference
+from sj_taid.ops.alif.autograd import apply_fused, dynamics_of, operands_of
 from sj_taid.ops.alif.norm import BatchNorm, batch_norm
+from sj_taid.ops.alif.plan import Engine, find_plan, spec_of
 from sj_taid.ops.surrogate import MultiLevelSpikeCount, counts
 
 Leaves = dict[str, Tensor]
@@ -150,6 +153,50 @@ def norm_of(case: Case, leaves: Leaves) -> BatchNorm | None:
     return BatchNorm(leaves.get("weight"), leaves.get("bias"), *moments)
 
 
+def with_norm(
+    multi_step: Callable[..., Any], norm: BatchNorm | None, pack: bool = False
+) -> Callable[..., Any]:
+    """A backend's ``multi_step`` of the ``norm`` of its input; a fused one may give bits too."""
+    if multi_step is reference.multi_step:
+        return partial(_define, norm)
+    (engine,) = multi_step.args
+    return partial(_fuse, engine, norm, pack)
+
+
+def _define(norm: BatchNorm | None, x_seq: Tensor, *others: Any, **options: Any) -> tuple[Any, ...]:
+    if norm is None:
+        return reference.multi_step(x_seq, *others, **options)
+    y_seq, *_ = batch_norm(x_seq.to(reference.state_dtype(x_seq.dtype)), norm)
+    spike_seq, *voltages = reference.multi_step(y_seq, *others, **options)
+    return spike_seq.to(x_seq.dtype), *voltages
+
+
+def _fuse(
+    engine: Engine,
+    norm: BatchNorm | None,
+    pack: bool,
+    *tensors: Any,
+    store_v_seq: bool,
+    **options: Any,
+) -> tuple[Any, ...]:
+    """As an accelerated net calls a plan."""
+    operands, v_init = operands_of(*tensors)
+    x_seq, _, w, v_threshold = operands
+    mean = rstd = weight = bias = None
+    if norm is not None:
+        weight, bias = norm[:2]
+        with torch.no_grad():
+            _, mean, rstd = batch_norm(x_seq.to(reference.state_dtype(x_seq.dtype)), norm)
+    leaves = (*operands, weight, bias)
+    saves = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
+    is_fixed = norm is not None and not norm.use_batch_statistics
+    flags = (norm is not None, is_fixed, store_v_seq, pack, saves)
+    spec = spec_of(x_seq, dynamics_of(w, options), v_threshold.dim() > 0, *flags)
+    plan = find_plan(engine, spec)
+    results = apply_fused(plan, v_init, "", *operands, mean, rstd, weight, bias)
+    return results if pack else results[:3]
+
+
 def results(
     multi_step: Callable[..., Any],
     case: Case,
@@ -163,9 +210,8 @@ def results(
     """
     leaves = leaves or tensors(case)
     through = through or case.through
-    more: dict[str, Any] = {"return_bits": True} if case.pack else {}
-    if case.norm:
-        more["norm"] = norm_of(case, leaves)
+    if case.norm or case.pack:
+        multi_step = with_norm(multi_step, norm_of(case, leaves), case.pack)
     with saved_tensors_hooks(reverse, lambda t: t) if case.moved else nullcontext():
         spike_seq, v_last, v_seq, *bits = multi_step(
             leaves["x"],
@@ -174,7 +220,6 @@ def results(
             leaves["v_threshold"],
             store_v_seq="v_seq" in through if store_v_seq is None else store_v_seq,
             **case.options(),
-            **more,
         )
     outputs = {"spike_seq": spike_seq, "v": v_last}
     if v_seq is not None:

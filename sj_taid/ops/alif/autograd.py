@@ -16,7 +16,6 @@ from ..._internal import graph
 from .. import surrogate
 from ..bits import is_dense
 from . import compiled, reference
-from .norm import BatchNorm, batch_norm
 from .plan import Charge, Dynamics, Engine, Needs, arranged, find_plan, spec_of
 from .reference import state_dtype
 
@@ -143,8 +142,6 @@ def multi_step(
     v_threshold: Tensor,
     *,
     store_v_seq: bool,
-    norm: BatchNorm | None = None,
-    return_bits: bool = False,
     **options: Any,
 ) -> tuple[Any, ...]:
     """:func:`sj_taid.ops.alif.reference.multi_step` by a fused engine.
@@ -153,11 +150,28 @@ def multi_step(
     any other is made contiguous once. In a graph of ``torch.compile`` the neuron is one operator;
     what traces or transforms takes the definition.
     """
-    compiles = torch.compiler.is_compiling() and norm is None and not return_bits
+    compiles = torch.compiler.is_compiling()
     is_plain = graph.is_eager() and type(x_seq) in (Tensor, nn.Parameter)
     if not (compiles or is_plain):
-        more: Any = {"store_v_seq": store_v_seq, "norm": norm, "return_bits": return_bits}
-        return reference.multi_step(x_seq, v, w, v_threshold, **more, **options)
+        options["store_v_seq"] = store_v_seq
+        return reference.multi_step(x_seq, v, w, v_threshold, **options)
+    operands, v_init = operands_of(x_seq, v, w, v_threshold)
+    x_seq, v0, w, v_threshold = operands
+    dynamics = dynamics_of(w, options)
+    if compiles:
+        about: Any = int(dynamics.charge), *dynamics[3:], store_v_seq
+        spike_seq, v_last, v_seq = compiled.alif(x_seq, v0, v_init, w, v_threshold, *about)
+        return spike_seq, v_last, v_seq if store_v_seq else None
+    saves = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
+    spec = spec_of(x_seq, dynamics, v_threshold.dim() > 0, store_v_seq=store_v_seq, saves=saves)
+    no_norm = None, None, None, None
+    return apply_fused(find_plan(engine, spec), v_init, "", *operands, *no_norm)[:3]
+
+
+def operands_of(
+    x_seq: Tensor, v: Tensor | float, w: Tensor | None, v_threshold: Tensor
+) -> tuple[tuple[Any, ...], Any]:
+    """A plan's operands, but for a norm's, and its ``v_init``."""
     dtype = state_dtype(x_seq.dtype)
     x_seq = x_seq if is_dense(x_seq) else x_seq.contiguous()
     v0 = arranged(v if isinstance(v, Tensor) else None, x_seq.stride()[1:])
@@ -165,25 +179,7 @@ def multi_step(
     if w is not None:
         w, v_threshold = torch.broadcast_tensors(w.to(dtype), v_threshold)
         w = w.contiguous()
-    v_threshold, v_init = v_threshold.contiguous(), 0.0 if v0 is not None else v
-    dynamics = dynamics_of(w, options)
-    if compiles:
-        about: Any = int(dynamics.charge), *dynamics[3:], store_v_seq
-        spike_seq, v_last, v_seq = compiled.alif(x_seq, v0, v_init, w, v_threshold, *about)
-        return spike_seq, v_last, v_seq if store_v_seq else None
-    weight, bias = (None, None) if norm is None else norm[:2]
-    leaves = (x_seq, v0, w, v_threshold, weight, bias)
-    saves = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
-    is_fixed = norm is not None and not norm.use_batch_statistics
-    flags = (norm is not None, is_fixed, store_v_seq, return_bits, saves)
-    spec = spec_of(x_seq, dynamics, v_threshold.dim() > 0, *flags)
-    mean = rstd = None
-    if norm is not None:
-        with torch.no_grad():
-            _, mean, rstd = batch_norm(x_seq.to(dtype), norm)
-    operands = x_seq, v0, w, v_threshold, mean, rstd, weight, bias
-    results = apply_fused(find_plan(engine, spec), v_init, "", *operands)
-    return results if return_bits else results[:3]
+    return (x_seq, v0, w, v_threshold.contiguous()), 0.0 if v0 is not None else v
 
 
 def dynamics_of(w: Tensor | None, options: Mapping[str, Any]) -> Dynamics:

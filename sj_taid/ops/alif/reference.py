@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from ..._internal.graph import is_watched
-from .. import bits, surrogate
-from .norm import BatchNorm, batch_norm
+from .. import surrogate
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -83,20 +82,16 @@ def multi_step(
     surrogate_function: Callable[[Tensor], Tensor],
     detach_reset: bool,
     store_v_seq: bool,
-    norm: BatchNorm | None = None,
-    return_bits: bool = False,
 ) -> tuple[Any, ...]:
-    """Run ``x_seq`` ``[T, N, *]``, or the batch ``norm`` of it, from ``v`` ``[N, *]``.
+    """Run ``x_seq`` ``[T, N, *]`` from ``v`` ``[N, *]``.
 
     ``w`` and ``v_threshold`` are scalars or per channel, ``[C]`` on axis 2 of ``x_seq``; without
     ``w`` there is no state.
 
     Returns spikes ``[T, N, *]`` in ``x_seq``'s dtype, the last ``V`` ``[N, *]`` and, if
-    ``store_v_seq``, every ``V`` ``[T, N, *]``, both in ``state_dtype``. With ``return_bits`` also
-    :func:`sj_taid.ops.bits.pack` of the spikes or counts.
+    ``store_v_seq``, every ``V`` ``[T, N, *]``, both in ``state_dtype``.
     """
     dtype = state_dtype(x_seq.dtype)
-    y_seq = x_seq if norm is None else batch_norm(x_seq.to(dtype), norm)[0]
     if not isinstance(v, Tensor):
         v = torch.full_like(x_seq[0], v, dtype=dtype, requires_grad=False)
     if torch.compiler.is_compiling():
@@ -110,18 +105,15 @@ def multi_step(
     counts = surrogate.counts(surrogate_function)
     stacks_v = store_v_seq or is_watched()  # SpikingJelly's neurons always do, which is counted
     spike_seq, v_seq = [], []
-    for y in y_seq:
-        h = charge(y.to(dtype), v, q, decay_input, v_reset, counts)
+    for x in x_seq:
+        h = charge(x.to(dtype), v, q, decay_input, v_reset, counts)
         spike = fire(h, threshold, surrogate_function)
         v = reset(h, spike, threshold, v_reset, detach_reset)
         spike_seq.append(spike.to(x_seq.dtype))
         if stacks_v:
             v_seq.append(v)
     every_v = torch.stack(v_seq) if stacks_v else None
-    outputs = (torch.stack(spike_seq), v, every_v if store_v_seq else None)
-    if not return_bits:
-        return outputs
-    return *outputs, bits.pack(outputs[0], surrogate.levels_of(surrogate_function))
+    return torch.stack(spike_seq), v, every_v if store_v_seq else None
 
 
 def per_channel(parameter: Tensor, x_seq: Tensor) -> Tensor:
