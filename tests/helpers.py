@@ -16,9 +16,9 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from sj_taid.ops.alif import reference
 from sj_taid.ops.alif.autograd import apply_fused, dynamics_of, operands_of
-from sj_taid.ops.alif.norm import BatchNorm, batch_norm
 from sj_taid.ops.alif.plan import Engine, find_plan, spec_of
 from sj_taid.ops.surrogate import MultiLevelSpikeCount, counts
+from tests.ops.alif.norm import BatchNorm, batch_norm
 
 Leaves = dict[str, Tensor]
 HALF = (torch.float16, torch.bfloat16)

@@ -15,7 +15,6 @@ from spikingjelly.activation_based import surrogate
 from sj_taid.ops import backends
 from sj_taid.ops.alif import kernels, reference
 from sj_taid.ops.alif.autograd import dynamics_of
-from sj_taid.ops.alif.norm import BatchNorm
 from sj_taid.ops.surrogate import DERIVATIVES, Derivative, MultiLevelSpikeCount, exp, f32
 from tests.helpers import (
     Case,
@@ -37,6 +36,7 @@ from tests.ops.alif.conformance import (
     make_case,
     pairwise,
 )
+from tests.ops.alif.norm import BatchNorm
 
 pytest.importorskip("numba", reason="needs numba: pip install numba")
 import numba

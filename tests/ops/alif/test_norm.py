@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from sj_taid.ops.alif.norm import BatchNorm, batch_norm
 from sj_taid.ops.alif.plan import find_plan
 from tests.helpers import Case, results, tensors
 from tests.ops.alif.conformance import compare
+from tests.ops.alif.norm import BatchNorm, batch_norm
 
 pytest.importorskip("numba", reason="needs numba: pip install numba")
 from sj_taid.ops.alif import cpu

@@ -3,7 +3,7 @@
 The definition is torch's own batch norm over time, batch and space. Its result has the dtype of the
 state: it is never rounded to that of a half-precision input. The fused backends take mean and rstd
 from it, and compute ``(x - mean) (weight rstd) + bias`` themselves, in forward and again in
-backward; README.md has the gradients.
+backward; the README of ``sj_taid/ops/alif`` has the gradients.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..._internal import graph
+from sj_taid._internal import graph
 
 
 class BatchNorm(NamedTuple):
