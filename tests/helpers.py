@@ -6,7 +6,6 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,10 +14,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from sj_taid.ops.alif import reference
-from sj_taid.ops.alif.autograd import apply_fused, dynamics_of, operands_of
-from sj_taid.ops.alif.plan import Engine, find_plan, spec_of
 from sj_taid.ops.surrogate import MultiLevelSpikeCount, counts
-from tests.ops.alif.norm import BatchNorm, batch_norm
+from tests.ops.alif.norm import BatchNorm, batch_norm, with_norm
 
 Leaves = dict[str, Tensor]
 HALF = (torch.float16, torch.bfloat16)
@@ -151,50 +148,6 @@ def norm_of(case: Case, leaves: Leaves) -> BatchNorm | None:
     mean = torch.linspace(-0.3, 0.9, case.shape[2]).to(leaves["v_threshold"])
     moments = (mean, (1 + mean).square(), case.norm == "batch", 0.1, 1e-5)
     return BatchNorm(leaves.get("weight"), leaves.get("bias"), *moments)
-
-
-def with_norm(
-    multi_step: Callable[..., Any], norm: BatchNorm | None, pack: bool = False
-) -> Callable[..., Any]:
-    """A backend's ``multi_step`` of the ``norm`` of its input; a fused one may give bits too."""
-    if multi_step is reference.multi_step:
-        return partial(_define, norm)
-    (engine,) = multi_step.args
-    return partial(_fuse, engine, norm, pack)
-
-
-def _define(norm: BatchNorm | None, x_seq: Tensor, *others: Any, **options: Any) -> tuple[Any, ...]:
-    if norm is None:
-        return reference.multi_step(x_seq, *others, **options)
-    y_seq, *_ = batch_norm(x_seq.to(reference.state_dtype(x_seq.dtype)), norm)
-    spike_seq, *voltages = reference.multi_step(y_seq, *others, **options)
-    return spike_seq.to(x_seq.dtype), *voltages
-
-
-def _fuse(
-    engine: Engine,
-    norm: BatchNorm | None,
-    pack: bool,
-    *tensors: Any,
-    store_v_seq: bool,
-    **options: Any,
-) -> tuple[Any, ...]:
-    """As an accelerated net calls a plan."""
-    operands, v_init = operands_of(*tensors)
-    x_seq, _, w, v_threshold = operands
-    mean = rstd = weight = bias = None
-    if norm is not None:
-        weight, bias = norm[:2]
-        with torch.no_grad():
-            _, mean, rstd = batch_norm(x_seq.to(reference.state_dtype(x_seq.dtype)), norm)
-    leaves = (*operands, weight, bias)
-    saves = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
-    is_fixed = norm is not None and not norm.use_batch_statistics
-    flags = (norm is not None, is_fixed, store_v_seq, pack, saves)
-    spec = spec_of(x_seq, dynamics_of(w, options), v_threshold.dim() > 0, *flags)
-    plan = find_plan(engine, spec)
-    results = apply_fused(plan, v_init, "", *operands, mean, rstd, weight, bias)
-    return results if pack else results[:3]
 
 
 def results(

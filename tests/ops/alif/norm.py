@@ -8,12 +8,17 @@ backward; the README of ``sj_taid/ops/alif`` has the gradients.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sj_taid._internal import graph
+from sj_taid.ops.alif import reference
+from sj_taid.ops.alif.autograd import apply_fused, dynamics_of, operands_of
+from sj_taid.ops.alif.plan import Engine, find_plan, spec_of
 
 
 class BatchNorm(NamedTuple):
@@ -45,3 +50,47 @@ def batch_norm(x_seq: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor, Tensor]:
     if not is_batchs:
         batch_mean, rstd = mean.clone(), (var + norm.eps).rsqrt()
     return y.unflatten(0, x_seq.shape[:2]), batch_mean, rstd
+
+
+def with_norm(
+    multi_step: Callable[..., Any], norm: BatchNorm | None, pack: bool = False
+) -> Callable[..., Any]:
+    """A backend's ``multi_step`` of the ``norm`` of its input; a fused one may give bits too."""
+    if multi_step is reference.multi_step:
+        return partial(_define, norm)
+    (engine,) = multi_step.args
+    return partial(_fuse, engine, norm, pack)
+
+
+def _define(norm: BatchNorm | None, x_seq: Tensor, *others: Any, **options: Any) -> tuple[Any, ...]:
+    if norm is None:
+        return reference.multi_step(x_seq, *others, **options)
+    y_seq, *_ = batch_norm(x_seq.to(reference.state_dtype(x_seq.dtype)), norm)
+    spike_seq, *voltages = reference.multi_step(y_seq, *others, **options)
+    return spike_seq.to(x_seq.dtype), *voltages
+
+
+def _fuse(
+    engine: Engine,
+    norm: BatchNorm | None,
+    pack: bool,
+    *tensors: Any,
+    store_v_seq: bool,
+    **options: Any,
+) -> tuple[Any, ...]:
+    """As an accelerated net calls a plan."""
+    operands, v_init = operands_of(*tensors)
+    x_seq, _, w, v_threshold = operands
+    mean = rstd = weight = bias = None
+    if norm is not None:
+        weight, bias = norm[:2]
+        with torch.no_grad():
+            _, mean, rstd = batch_norm(x_seq.to(reference.state_dtype(x_seq.dtype)), norm)
+    leaves = (*operands, weight, bias)
+    saves = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
+    is_fixed = norm is not None and not norm.use_batch_statistics
+    flags = (norm is not None, is_fixed, store_v_seq, pack, saves)
+    spec = spec_of(x_seq, dynamics_of(w, options), v_threshold.dim() > 0, *flags)
+    plan = find_plan(engine, spec)
+    results = apply_fused(plan, v_init, "", *operands, mean, rstd, weight, bias)
+    return results if pack else results[:3]

@@ -26,7 +26,6 @@ from tests.helpers import (
     grid,
     results,
     tensors,
-    with_norm,
 )
 from tests.ops.alif.conformance import (
     COUNT_OPTIONS,
@@ -36,7 +35,7 @@ from tests.ops.alif.conformance import (
     make_case,
     pairwise,
 )
-from tests.ops.alif.norm import BatchNorm
+from tests.ops.alif.norm import BatchNorm, with_norm
 
 pytest.importorskip("numba", reason="needs numba: pip install numba")
 import numba
