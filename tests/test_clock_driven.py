@@ -14,7 +14,7 @@ import sj_taid
 import sj_taid.clock_driven as shim
 from sj_taid import ALIFNode
 from sj_taid._internal.compat import FUNCTIONAL_STATES
-from tests.acceleration.alike import robust
+from tests.nets.alike import robust
 
 # Not by import statements, which linters sort in front of sj_taid.clock_driven.
 encoding, functional, layer, model, neuron, surrogate = (

@@ -16,7 +16,7 @@ from spikingjelly.activation_based.neuron import LIFNode
 from spikingjelly.activation_based.surrogate import ATan
 from torch import nn
 
-from tests.acceleration.alike import robust
+from tests.nets.alike import robust
 
 CPU = torch.device("cpu")
 RESULTS = Path(common.__file__).parent / "results"

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sj_taid
 from sj_taid._internal.compat import FUNCTIONAL_STATES
-from tests.acceleration.alike import accelerated, robust
+from tests.nets.alike import accelerated, robust
 
 
 def count(kind):

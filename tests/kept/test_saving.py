@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from sj_taid._internal import graph
 from sj_taid._internal.compat import FUNCTIONAL_STATES
 from sj_taid.acceleration import saving
-from tests.acceleration.alike import accelerated, assert_same, robust, weighed
+from tests.nets.alike import accelerated, assert_same, robust, weighed
 
 OPTIONS = {"step_mode": "m", "surrogate_function": surrogate.ATan()}
 

@@ -13,8 +13,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from sj_taid import ALIFNode, accelerate, swap_neurons
 from sj_taid._internal import compat
 from sj_taid.ops.surrogate import MultiLevelSpikeCount
-from tests.acceleration.alike import assert_alike, results, robust
 from tests.helpers import default_dtype
+from tests.nets.alike import assert_alike, results, robust
 
 
 class Quantize(torch.autograd.Function):

@@ -11,7 +11,7 @@ from torch import nn
 import sj_taid
 from sj_taid._internal.graph import record_saved
 from sj_taid.kept.kept import leave
-from tests.acceleration.alike import accelerated
+from tests.nets.alike import accelerated
 
 pytest.importorskip("numba", reason="needs numba: pip install numba")
 

@@ -10,7 +10,7 @@ from spikingjelly.activation_based import layer, neuron, surrogate
 from torch import nn
 
 import sj_taid
-from tests.acceleration.alike import assert_same, robust
+from tests.nets.alike import assert_same, robust
 
 
 class Net(nn.Module):

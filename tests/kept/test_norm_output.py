@@ -12,7 +12,7 @@ from spikingjelly.activation_based import layer, neuron, surrogate
 from torch import nn
 
 import sj_taid
-from tests.acceleration.alike import accelerated, assert_same, robust, weighed
+from tests.nets.alike import accelerated, assert_same, robust, weighed
 
 LAST = {"memory_format": torch.channels_last}
 

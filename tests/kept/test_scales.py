@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 import sj_taid
 from sj_taid._internal.graph import record_saved
-from tests.acceleration.alike import accelerated, assert_same
+from tests.nets.alike import accelerated, assert_same
 
 SCALES = {
     "times": lambda x: x * 0.125,

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from sj_taid._internal import graph
 from sj_taid._internal.compat import FUNCTIONAL_STATES
 from sj_taid.acceleration import saving
-from tests.acceleration.alike import (
+from tests.nets.alike import (
     EVALUATION,
     accelerated,
     assert_alike,
@@ -22,7 +22,7 @@ from tests.acceleration.alike import (
     results,
     robust,
 )
-from tests.acceleration.random_nets import TOUCHES, Scale
+from tests.nets.random_nets import TOUCHES, Scale
 
 KERNEL = torch.linspace(-1, 1, 4 * 4 * 9, dtype=torch.float64).view(4, 4, 3, 3)
 

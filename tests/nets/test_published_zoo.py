@@ -7,7 +7,7 @@ import pytest
 import torch
 from spikingjelly.activation_based import functional
 
-from tests.acceleration.alike import EVALUATION, accelerated, assert_alike, results, robust
+from tests.nets.alike import EVALUATION, accelerated, assert_alike, results, robust
 
 WAYS = {
     "training": (True, {"between": functional.reset_net}),

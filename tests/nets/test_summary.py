@@ -7,7 +7,7 @@ from torch import nn
 
 from sj_taid import accelerate
 from sj_taid.nets.summary import run_step
-from tests.acceleration.test_accelerate import images, make_net
+from tests.nets.test_accelerate import images, make_net
 
 
 @pytest.mark.parametrize(

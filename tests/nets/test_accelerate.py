@@ -20,8 +20,8 @@ from sj_taid.ops import backends
 from sj_taid.ops.alif import reference
 from sj_taid.ops.surrogate import MultiLevelSpikeCount
 from tests import zoo
-from tests.acceleration.alike import assert_same, count_fused, robust, weighed
-from tests.acceleration.random_nets import Checkpointed
+from tests.nets.alike import assert_same, count_fused, robust, weighed
+from tests.nets.random_nets import Checkpointed
 
 ATAN = surrogate.ATan()
 KINDS = (neuron.LIFNode, neuron.ParametricLIFNode, neuron.IFNode)
