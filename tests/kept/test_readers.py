@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sj_taid._internal import graph
 from sj_taid._internal.compat import FUNCTIONAL_STATES
-from sj_taid.acceleration import saving
+from sj_taid.kept import saving
 from tests.nets.alike import (
     EVALUATION,
     accelerated,

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from sj_taid._internal import graph
 from sj_taid._internal.compat import FUNCTIONAL_STATES
-from sj_taid.acceleration import saving
+from sj_taid.kept import saving
 from tests.nets.alike import accelerated, assert_same, robust, weighed
 
 OPTIONS = {"step_mode": "m", "surrogate_function": surrogate.ATan()}
