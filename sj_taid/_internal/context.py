@@ -1,9 +1,11 @@
 """Context managers: random numbers that leave the random state alone, and eval mode."""
 
+import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -30,6 +32,15 @@ def seeded(seed: int) -> Iterator[None]:
 
 @contextmanager
 def forked(tensors: Iterable[Any]) -> Iterator[None]:
-    """Restore the random state after, of the CPU and of the GPUs that these tensors are on."""
-    with torch.random.fork_rng({t.device for t in tensors if isinstance(t, Tensor) and t.is_cuda}):
-        yield
+    """Restore the random states after: Python's, numpy's, and torch's.
+
+    Torch's are those of the CPU and of the GPUs that these tensors are on.
+    """
+    devices = {t.device for t in tensors if isinstance(t, Tensor) and t.is_cuda}
+    plain, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(plain)
+        np.random.set_state(of_numpy)  # noqa: NPY002
