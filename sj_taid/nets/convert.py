@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from spikingjelly.activation_based import neuron
-from torch import nn
+from torch import is_tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
+from torch.utils._pytree import tree_leaves
 
 from .._internal import compat
 from ..fused_neuron import NO_LEAK_W, restore
@@ -83,11 +84,14 @@ def swap_neurons(
         net: any module with SpikingJelly neurons, or of the classes in ``replace``.
         replace: classes of the net's own, or of SpikingJelly, and for each a function of a module
             of exactly this class that gives its successor, or the module itself to keep it. The
-            successor gets the device, the dtype, the mode and the hooks.
+            successor gets the device, the dtype, the mode, the hooks and those attributes that it
+            lacks, but for tensors; the note names the others.
         example: an input of ``net`` (a tuple for several). Each module of ``replace`` is compared
             with its successor on the input that it gets there, in training and in eval mode, twice
-            in a row and once after a reset: outputs and the gradient of the input. What rounding
-            moves across a threshold is no difference, if it is rare.
+            in a row and once after a reset: outputs and their structure, what is written into the
+            input, and the gradients of the input and of parameters that both have. What rounding
+            moves across a threshold is no difference, if it is rare. The note names state that a
+            net may read, and that differs.
         learn_tau: whether ``w`` receives a gradient; a frozen PLIF ``w`` stays frozen.
         learn_threshold: whether ``v_threshold`` receives a gradient.
         min_v_threshold: lower bound of the learned thresholds. ``"auto"`` is 1 % of the way from
@@ -158,7 +162,23 @@ def _successor(site: Site, function: Any, others: Collection[Any]) -> tuple[Any,
             f"does not hold the old one, but for {site.path!r} it gave {new!r:.80}; write "
             "{Class: lambda old: ALIFNode(...)}"
         )
-    return new.to(site.device, site.dtype), "by replace="
+    common = vars(nn.Module())
+    own = {name: value for name, value in vars(site.node).items() if name not in common}
+    state = [name for name, value in own.items() if any(map(is_tensor, tree_leaves(value)))]
+    _take_over(site.node, new, known=state)
+    lost = [name for name in own if name[0] != "_" and not _has(new, name, own[name])]
+    note = f"by replace=, not kept: {', '.join(lost)}" if lost else "by replace="
+    return new.to(site.device, site.dtype), note
+
+
+def _has(new: nn.Module, name: str, value: Any) -> bool:
+    """Whether a module has an attribute, of this value."""
+    has: Any = getattr(new, name, None)
+    try:
+        numbers: Any = has.tolist() if is_tensor(has) else has
+        return has is value or bool(numbers == value) or math.isclose(numbers, value, rel_tol=1e-6)
+    except (TypeError, ValueError, RuntimeError):  # no numbers, or arrays of many
+        return False
 
 
 def to_lif(net: nn.Module) -> nn.Module:
@@ -209,7 +229,6 @@ def _check_becomes(site: Site, new: nn.Module) -> None:
 
 def _become(old: nn.Module, new: nn.Module) -> None:
     """Make ``old`` the module that ``new`` is, in every place that holds it; its hooks stay."""
-    new.train(old.training)
     for name in vars(nn.Module()):
         is_of_calls = "forward" in name or "backward" in name  # not of state_dict
         if is_of_calls and (hooks := getattr(old, name)) is not None:
@@ -221,12 +240,18 @@ def _become(old: nn.Module, new: nn.Module) -> None:
     old.__dict__ = vars(new)
 
 
-def _keep_attributes(old: nn.Module, new: nn.Module, kind: type[nn.Module]) -> None:
-    """Give ``new`` the attributes that a user set on ``old``, and that a new ``kind`` has not."""
-    known = vars(kind()).keys() | vars(new).keys()
+def _take_over(old: nn.Module, new: nn.Module, known: Collection[str]) -> None:
+    """Give ``new`` the mode of ``old``, and its attributes but for ``known`` and those it has.
+
+    Modules that both hold keep their modes, and so does what is in eval mode within ``new``.
+    """
     for name, value in vars(old).items():
-        if name not in known and not name.startswith("_taid_"):
+        if name not in known and not name.startswith("_taid_") and not hasattr(new, name):
             vars(new)[name] = value
+    held = set(old.modules())
+    for module in new.modules():
+        module.training &= old.training or module in held
+    new.training = old.training
 
 
 def _swapped(site: Site, filter: Any, options: dict[str, Any]) -> tuple[Any, str]:
@@ -310,7 +335,7 @@ def _to_alif(site: Site, learn_tau: bool, **options: Any) -> ALIFNode:
         alif.w.data.fill_(NO_LEAK_W)
         alif.w.requires_grad_(False)
     _copy_voltage(node, alif)
-    _keep_attributes(node, alif, compat.kind_of(node))
+    _take_over(node, alif, vars(compat.kind_of(node)()))
     return alif
 
 
@@ -329,7 +354,7 @@ def _to_lif(node: Any) -> neuron.BaseNode:
     else:
         plain = neuron.LIFNode(tau=tau, decay_input=node.decay_input, **options)
     _copy_voltage(node, plain, scale)
-    _keep_attributes(node, plain, ALIFNode)
+    _take_over(node, plain, vars(ALIFNode()))
     return plain
 
 
