@@ -27,6 +27,8 @@ if torch.version.hip:
 # CuPy imports without a driver and without NVRTC, and fails at the first call: rather fail here.
 cupy.cuda.runtime.getDeviceCount()
 _Address = cupy.cuda.function.CPointer  # what CuPy passes to the driver as it is
+if not hasattr(_Address, "ptr"):  # CuPy 13 takes a number's own address for the address it is
+    raise ImportError(f"CuPy is older than 14: expected 14.2 or later, found {cupy.__version__}")
 #: of NVRTC, which compiles the kernels
 nvrtc_version: tuple[int, int] = cupy.cuda.nvrtc.getVersion()
 

@@ -114,6 +114,7 @@ class Host:
 
     def make_cupy(self):
         return SimpleNamespace(
+            __version__="14.2.0",
             RawModule=self._module,
             cuda=SimpleNamespace(
                 runtime=SimpleNamespace(getDeviceCount=lambda: 1, driverGetVersion=lambda: 13010),
@@ -168,7 +169,9 @@ class Host:
 
 
 class Address:
-    """CuPy's ``CPointer``: of what the driver copies, here with its size."""
+    """CuPy 14's ``CPointer``: of what the driver copies, here with its size."""
+
+    ptr = 0  # of the class too
 
     def __init__(self, ptr):
         struct = sys._getframe(1).f_locals["struct"]

@@ -335,6 +335,10 @@ def test_import_refuses_gpus_that_the_compiler_does_not_know(host, monkeypatch, 
 
 def test_import_fails_where_kernels_would(host, monkeypatch):
     cupy = host.make_cupy()
+    # That of CuPy 13 shows Python nothing of what it holds.
+    cupy.cuda.function, cupy.__version__ = SimpleNamespace(CPointer=object), "13.6.0"
+    with pytest.raises(ImportError, match=r"older than 14: expected 14.2 or later, found 13\.6\.0"):
+        host.load_cuda(cupy)
     cupy.cuda.function = SimpleNamespace()
     with pytest.raises(AttributeError, match="CPointer"):
         host.load_cuda(cupy)

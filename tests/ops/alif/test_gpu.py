@@ -183,6 +183,11 @@ def test_more_than_2_to_the_31_elements():
     assert v.count_nonzero() == 0
 
 
+def test_cupy_passes_an_address_as_it_is(cuda):
+    """As the host's stand-in does; CuPy 13 passed that of the Python number."""
+    assert cuda._Address(2**40 + 8).ptr == 2**40 + 8
+
+
 def test_auto_takes_the_kernels(cuda):
     alif_multi_step(torch.randn(4, 8, device="cuda"), 0.0, *torch.ones(2, device="cuda"))
     assert cuda.launches == {"alif_forward": 1}
