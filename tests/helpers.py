@@ -312,20 +312,64 @@ def assert_not_finite_alike(
         torch.testing.assert_close(got[name], want, rtol=bound, atol=bound, equal_nan=True)
 
 
+def beside(edges: Tensor) -> Tensor:
+    """Numbers, and those next to them; for 0 none that a GPU's kernels would flush to it."""
+    below, above = (torch.nextafter(edges, edges + sign) for sign in (-1, 1))
+    is_zero = edges == 0
+    return torch.stack([edges, below.where(~is_zero, -1e-30), above.where(~is_zero, 1e-30)])
+
+
 def assert_counts_at_their_edges(
-    multi_step: Callable[..., Any], reference: Callable[..., Any], **changes: Any
+    multi_step: Callable[..., Any],
+    reference: Callable[..., Any],
+    device: str = "cpu",
+    **changes: Any,
 ) -> None:
     """Counts and gradients where H / V_th is a half or a bound of the window, and next to it."""
-    steps = torch.arange(-8, 32) / 4
     for threshold in (1.0, 0.3, 3.0):
-        near = [steps * threshold]
-        near += [torch.nextafter(near[0], near[0] + sign) for sign in (-1, 1)]
-        x = torch.stack(near).reshape(1, -1, 1).to(changes.get("dtype", torch.float32))
+        edges = beside(torch.arange(-8, 32) / 4 * threshold).reshape(1, -1, 1)
+        x = edges.to(changes.get("dtype", torch.float32))
         for window in (None, (-0.5, 4.25), (1.0, 1.0)):
             fires = MultiLevelSpikeCount(4, grad_window=window)
             case = Case(None, False, False, None, x.dtype, (*x.shape,), fires).with_(**changes)
-            leaves = tensors(case) | {"x": x.requires_grad_()}
-            leaves["v_threshold"] = torch.tensor(threshold, requires_grad=True)
-            got, expected = (results(f, case, leaves) for f in (multi_step, reference))
-            assert_close(got, expected, case, leaves)
-            assert expected["spike_seq"].unique().tolist() == [0, 1, 2, 3, 4]
+            leaves = {"x": x, "v_threshold": torch.tensor(threshold)}
+            found = _compare_at_edges(multi_step, reference, case, leaves, device)
+            assert found["spike_seq"].unique().tolist() == [0, 1, 2, 3, 4]
+
+
+def assert_spikes_at_their_edges(
+    multi_step: Callable[..., Any],
+    reference: Callable[..., Any],
+    device: str = "cpu",
+    **changes: Any,
+) -> None:
+    """Spikes and gradients where V is a multiple of V_th, and next to it.
+
+    Nothing leaks and nothing comes in; a soft reset takes V down, one threshold a step.
+    """
+    for threshold in (1.0, 0.3, 3.0):
+        v = beside(torch.arange(-2, 6) * threshold).reshape(-1, 1)
+        case = Case(shape=(6, *v.shape)).with_(**changes)
+        x = torch.zeros(case.shape, dtype=case.dtype)
+        leaves = {
+            "x": x,
+            "v0": v,
+            "w": torch.tensor(-200.0),
+            "v_threshold": torch.tensor(threshold),
+        }
+        found = _compare_at_edges(multi_step, reference, case, leaves, device)
+        assert torch.equal(found["spike_seq"][0].cpu() == 1, v >= threshold)
+
+
+def _compare_at_edges(
+    multi_step: Callable[..., Any],
+    reference: Callable[..., Any],
+    case: Case,
+    leaves: Leaves,
+    device: str,
+) -> dict[str, Tensor]:
+    """Those of the reference, in the same dtype, so that not even one rounding may differ."""
+    leaves = {n: t.to(device).requires_grad_() for n, t in (tensors(case) | leaves).items()}
+    got, expected = (results(f, case, leaves) for f in (multi_step, reference))
+    assert_close(got, expected, case, leaves)
+    return expected

@@ -535,16 +535,16 @@ alif_backward(const Backward<scalar_t> c) {
 
 // ---- sums over threads: a block per channel ----------------------------------------------------
 
-// Runs a phase on every thread of the block, and waits for all of them. In the host build, where one
-// thread runs after another, the first of a block runs it for all.
+// Runs a phase on every thread of the block, and waits for all of them. Where one thread runs after
+// another, as in the host build, the first of a block runs it for all.
 template <class Phase>
 __device__ __forceinline__ void together(Phase phase) {
-#ifdef __CUDA_ARCH__
-  phase((int)threadIdx.x);
-  __syncthreads();
-#else
+#ifdef ONE_AFTER_ANOTHER
   if (threadIdx.x == 0)
     for (int thread = 0; thread < ADDERS; ++thread) phase(thread);
+#else
+  phase((int)threadIdx.x);
+  __syncthreads();
 #endif
 }
 

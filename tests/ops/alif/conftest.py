@@ -11,11 +11,10 @@ def host(tmp_path_factory):
 
 @pytest.fixture
 def launcher(host):
-    """``host`` for one test: no launch recorded yet, every option as at the start."""
+    """``host`` for one test: no launch recorded yet, no function loaded."""
     host.launches.clear()
     host.guarded.clear()
     host.cuda.launches.clear()
     host.cuda._function.cache_clear()
-    host.capacity = 16
     with host.patched():
         yield host

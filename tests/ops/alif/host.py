@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from zlib import crc32
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from tests.helpers import results
 GXX = shutil.which("g++")
 FLAGS = (
     *("-std=c++17", "-O0", "-shared", "-fPIC", "-w"),
+    "-fvisibility=hidden",  # or libraries share what is static in a function
     "-nostdinc++",  # C's own math.h, a quarter of the time
     "-ffp-contract=off",  # as NVRTC's --fmad=false
     "-fno-strict-aliasing",  # floats are moved in words of integers, as is usual in CUDA
@@ -36,6 +38,7 @@ FLAGS = (
 
 needs_gxx = pytest.mark.skipif(GXX is None, reason="needs g++ to compile kernels.cu as C++")
 
+LAUNCHER = Path(autograd.__file__).with_name("cuda.py")
 _PRELUDE = Path(__file__).with_name("prelude.h")
 _LARGEST_UNIT = 80  # kernels a library
 
@@ -53,13 +56,13 @@ class CompileError(Exception):
 class Host:
     """A GPU's stand-in: compiles kernels with g++, runs them, and records every launch."""
 
-    def __init__(self, directory, source=None, flags=()):
+    def __init__(self, directory, source=None, flags=(), launcher=LAUNCHER):
         self.directory = directory
         self.source = source or kernels.source()
+        self.launcher = launcher  # the file
         self.flags = (*FLAGS, *flags)
         self.launches = []
         self.guarded = []  # the devices made current
-        self.capacity = 16
         self.dry = None  # a set while only the names of the kernels are collected
         self._functions = {}
         self.current = threading.local()  # a thread's device and stream
@@ -87,29 +90,33 @@ class Host:
             for library, unit in zip(pool.map(self._compile, units), units, strict=True):
                 for i, name in enumerate(unit):
                     size = getattr(library, f"kernel_{i}_size")()
-                    self._functions[name] = getattr(library, f"kernel_{i}"), size
+                    self._functions[name] = getattr(library, f"kernel_{i}"), size, library.take_end
 
     def _compile(self, names):
         exports = "".join(f"EXPORT(kernel_{i}, {name})\n" for i, name in enumerate(names))
         text = f'#include "{_PRELUDE}"\n{self.source}\n{exports}'
-        key = hashlib.sha256((text + _PRELUDE.read_text()).encode()).hexdigest()[:16]
+        key = f"{self.flags}{text}{_PRELUDE.read_text()}"
+        key = hashlib.sha256(key.encode()).hexdigest()[:16]
         unit = self.directory / f"{key}.cpp"
         unit.write_text(text)
         library = unit.with_suffix(".so")
         subprocess.run([GXX, *self.flags, unit, "-o", library], check=True)
-        return ctypes.CDLL(str(library))
+        loaded = ctypes.CDLL(str(library))
+        loaded.take_end.restype = ctypes.c_void_p
+        return loaded
 
     def load_cuda(self, cupy):
         """``cuda.py`` over this CuPy, under a name of its own."""
-        path = Path(autograd.__file__).with_name("cuda.py")
-        spec = importlib.util.spec_from_file_location("sj_taid.ops.alif.cuda_on_host", path)
+        name = "sj_taid.ops.alif.cuda_on_host"
+        spec = importlib.util.spec_from_file_location(name, self.launcher)
         module = importlib.util.module_from_spec(spec)
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(sys.modules, "cupy", cupy)
             patch.setitem(ENGINES, "cuda", None)  # a GPU's own is back afterwards
             spec.loader.exec_module(module)
-        module._capacity = lambda device: self.capacity
-        module._resident = lambda device, name: self.capacity
+        module._capacity = lambda device: 16
+        # Of each kernel another number runs at a time, by its registers.
+        module._resident = lambda device, name: 4 + crc32(name.encode()) % 13
         return module
 
     def make_cupy(self):
@@ -133,15 +140,12 @@ class Host:
             return
         if name not in self._functions:
             self.build([name])
-        function, size = self._functions[name]
+        function, size, take_end = self._functions[name]
         (struct,) = arguments
         assert struct.size == size, f"the struct of {name}"
         function(*grid, *block, ctypes.c_void_p(struct.ptr))
-        self.launches.append(
-            SimpleNamespace(
-                name=name, grid=grid, block=block, stream=stream.ptr, device=self._get("device")
-            )
-        )
+        about = {"name": name, "stream": stream.ptr, "device": self._get("device")}
+        self.launches.append(SimpleNamespace(**about, read_to=take_end()))
 
     @contextmanager
     def patched(self):

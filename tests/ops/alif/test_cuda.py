@@ -18,7 +18,7 @@ from sj_taid.ops.alif import kernels
 from sj_taid.ops.alif.autograd import dynamics_of
 from sj_taid.ops.alif.kernels import NEED_NORM, NEED_V_THRESHOLD, NEED_W, NEED_X
 from sj_taid.ops.alif.plan import ENGINES, Needs
-from tests.helpers import Case, assert_close, assert_equal, results, tensors
+from tests.helpers import Case, assert_equal, results, tensors
 from tests.ops.alif.conformance import make_spec
 from tests.ops.alif.host import CompileError, needs_gxx, shifted
 
@@ -131,18 +131,33 @@ def test_an_accelerated_net_takes_the_kernels(launcher, monkeypatch, kind):
     assert cuda.launches["norm_gradients"] == 1
 
 
+READ = ("x", "v0", "grad_spikes", "grad_v", "grad_v_seq", "checkpoint")  # in wide words
+
+
 @pytest.mark.parametrize("norm", [None, "batch"])
-def test_an_input_that_starts_between_16_bytes_has_the_same_results(launcher, norm):
+@pytest.mark.parametrize("which", READ)
+def test_a_tensor_that_starts_between_16_bytes_has_the_same_results(launcher, norm, which):
+    check_starts(launcher, norm, which)
+
+
+def check_starts(host, norm, which):
     """Found at the call, by the addresses: a plan knows of none."""
     case = NORM.with_(norm=norm, dtype=torch.float16)
-    leaves, vecs, found = tensors(case), [], []
-    for x in (leaves["x"], shifted(leaves["x"].detach()).requires_grad_()):
-        launcher.launches.clear()
-        found.append(run(launcher, case, leaves | {"x": x}))
-        names = [launch.name for launch in launcher.launches if "alif" in launch.name]
-        vecs.append({name.split(",")[2] for name in names})
-    assert "4" in vecs[0] and vecs[1] == {"1"}
-    assert_close(*found, case, leaves)
+    if which == "checkpoint":  # of long sequences; with v_seq's gradient a thread has one neuron
+        case = case.with_(shape=(24, *NORM.shape[1:]), through=("spike_seq",))
+    plan, (x, v0, *others) = plan_of(host, case)
+    values = dict(zip(READ, (x, v0, *plan.forward(0.0, x, v0, *others)[:4]), strict=True))
+    needs, found = Needs(True, True, True, True, norm is not None), []
+    of_one_neuron = {"alif_backward", *(["alif_forward"] if which in ("x", "v0") else [])}
+    for moved, expected in ((None, set()), (which, of_one_neuron)):
+        host.launches.clear()
+        x, v0, *given = (shifted(t) if name == moved else t for name, t in values.items())
+        outputs = plan.forward(0.0, x, v0, *others)
+        outputs += plan.backward(needs, 0.0, given, (x, v0, *others))
+        found.append([t for t in outputs if t is not None])
+        names = [launch.name for launch in host.launches if "alif" in launch.name]
+        assert {n.partition("<")[0] for n in names if n.split(",")[2] == "1"} == expected
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)
 
 
 def test_values_are_packed_in_words_of_16_bytes_where_they_lie_so(launcher):
@@ -150,6 +165,18 @@ def test_values_are_packed_in_words_of_16_bytes_where_they_lie_so(launcher):
     for given, vec in ((spikes, 8), (shifted(spikes), 1), (spikes[:, :3].clone(), 1)):
         launcher.cuda.ENGINE.pack(given)
         assert launcher.launches[-1].name == f"pack<float16,{vec},0>"
+
+
+@pytest.mark.parametrize("dtype", kernels.SCALARS, ids=str)
+def test_packing_reads_up_to_the_last_value(launcher, dtype):
+    check_packing(launcher, dtype)
+
+
+def check_packing(host, dtype=torch.float32):
+    for shape, most in (((7, 80), 1), ((13, 3), 1), ((1, 1), 1), ((1, 45), 15), ((4, 80), 15)):
+        values = torch.ones(shape, dtype=dtype)
+        host.cuda.ENGINE.pack(values, most)
+        assert host.launches[-1].read_to == values.data_ptr() + values.nbytes
 
 
 # ---- where it is launched ----

@@ -15,6 +15,7 @@ from tests.helpers import (
     assert_close,
     assert_counts_at_their_edges,
     assert_not_finite_alike,
+    assert_spikes_at_their_edges,
     results,
     tensors,
 )
@@ -111,6 +112,13 @@ def test_no_leak_is_a_plain_sum_for_infinite_voltages_too(fused, v_reset):
 @pytest.mark.parametrize("changes", [{}, {"stateless": True}, {"dtype": torch.bfloat16}], ids=str)
 def test_counts_at_their_edges(fused, changes):
     assert_counts_at_their_edges(fused.multi_step, reference.multi_step, **changes)
+
+
+@pytest.mark.parametrize("v_reset", [0.0, -0.25, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_spikes_at_their_edges(fused, v_reset, dtype):
+    changes = {"v_reset": v_reset, "dtype": dtype}
+    assert_spikes_at_their_edges(fused.multi_step, reference.multi_step, **changes)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)

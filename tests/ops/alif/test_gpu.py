@@ -11,7 +11,15 @@ from sj_taid.functional import alif_multi_step
 from sj_taid.ops import bits
 from sj_taid.ops.alif import reference
 from sj_taid.ops.alif.plan import find_plan
-from tests.helpers import Case, assert_close, assert_equal, results, tensors
+from tests.helpers import (
+    Case,
+    assert_close,
+    assert_counts_at_their_edges,
+    assert_equal,
+    assert_spikes_at_their_edges,
+    results,
+    tensors,
+)
 from tests.ops.alif.conformance import (
     COMPACT,
     COUNT_OPTIONS,
@@ -74,6 +82,15 @@ def test_equals_the_torch_loop_bit_for_bit():
     got = on_gpu(*arguments, store_v_seq=True, **case.options())
     expected = reference.multi_step(*arguments, store_v_seq=True, **case.options())
     assert all(torch.equal(g, e) for g, e in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("v_reset", [0.0, -0.25, None])
+def test_at_the_threshold_and_next_to_it(v_reset, dtype):
+    edges = {"device": "cuda", "dtype": dtype, "v_reset": v_reset}
+    assert_spikes_at_their_edges(on_gpu, reference.multi_step, **edges)
+    if v_reset is None:
+        assert_counts_at_their_edges(on_gpu, reference.multi_step, **edges)
 
 
 def test_on_a_side_stream():

@@ -6,12 +6,14 @@ import subprocess
 import sys
 from array import array
 from collections import Counter
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from sj_taid.ops.alif import kernels
+from sj_taid.ops.alif import kernels, reference
+from tests.helpers import assert_spikes_at_their_edges
 from tests.ops.alif.conformance import (
     COUNT_OPTIONS,
     OPTIONS,
@@ -20,9 +22,11 @@ from tests.ops.alif.conformance import (
     make_spec,
     pairwise,
 )
-from tests.ops.alif.host import GXX, Host, needs_gxx
+from tests.ops.alif.host import GXX, LAUNCHER, Host, needs_gxx
+from tests.ops.alif.test_cuda import check_packing, check_starts
 
 pytestmark = needs_gxx
+needs_ucontext = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no ucontext.h")
 
 
 @pytest.fixture(autouse=True)
@@ -77,19 +81,60 @@ def test_every_combination(launcher, T):
     assert not any(failed.values()), {name: found for name, found in failed.items() if found}
 
 
+def check_sums(host, step=1, rows=99_999, run=1, channels=1):
+    """Of small numbers, and of large ones that cancel, but neither in a thread nor in float32."""
+    g = torch.Generator().manual_seed(0)
+    small = torch.randint(1, 9, (2, channels, rows * run), generator=g)
+    large = torch.randint(2**19, 2**20, (2, channels, rows * run // 2), generator=g)
+    x = small.clone()
+    for i, sign in enumerate((1, -1)):  # neighbours are of two threads
+        x[..., i : 2 * large.shape[-1] : 2] += sign * large
+    x = x.view(2, channels, rows, run).transpose(1, 2).float().contiguous()
+    assert torch.equal(add_up(host, step, x), small.sum(-1).float())
+    rounded = torch.rand(x.shape, generator=g)
+    assert torch.equal(add_up(host, step, rounded), add_up(host, None, rounded))
+
+
+def add_up(host, step, x):
+    """Sums of ``x`` ``[2, rows, channels, run]``."""
+    _, rows, channels, run = x.shape
+    spec, name = make_spec(make_case(ROW)), "parameter_gradients<float>"
+    sums = torch.full((2, channels), 0.0 if step else torch.nan)
+    host = in_turns(host, step) if step else host
+    with host.patched():
+        before = array("q", [0])
+        host.cuda._prepare_adders(spec, name, (rows, run, channels), before, 2)(x, *sums)
+    return sums
+
+
+@cache
+def in_turns(host, step):
+    """A host on which a block's threads take turns, and add a sum to what is there: once."""
+    line = "to[channel] = "
+    assert host.source.count(line) == 1
+    source = host.source.replace(line, "to[channel] += ")
+    return Host(host.directory, source, (f"-DSTEP={step}", "-D_XOPEN_SOURCE=700"))
+
+
 def test_other_launches_are_a_difference(launcher):
     (found,) = compare(make_case(ROW), launcher.cuda.multi_step, launches=Counter())
     assert found.startswith("launches {}, expected {'alif_forward': 1, 'alif_backward': 1")
 
 
-# Options of a case, one line of the kernels that it runs, and what is put in its place: each still
-# trains. The case must notice.
+# A case's options or another check, one line of the kernels or of their launcher, and what is put
+# in its place: each still trains. The check must notice.
 SOFT, HARD = {"v_reset": None}, {"v_reset": -0.25}
 NORM, LONG = HARD | {"norm": "batch"}, {"T": 24}
 PACK = HARD | {"pack": True}
 COUNTS = SOFT | {"surrogate": "counts", "decay_input": False}
 GROWS = {"surrogate": "DeterministicPass", "decay_input": False, "per_channel": True, "T": 24}
 GROWS |= {"through": ("v_seq",), "v_reset": -0.25}
+
+
+def check_edges(host):
+    assert_spikes_at_their_edges(host.cuda.multi_step, reference.multi_step)
+
+
 MUTATIONS = [
     # gradients of the neuron
     (SOFT | {"detach_reset": True}, "fmaf(taken, grad_v[i],", "fmaf(0, 0,"),
@@ -139,24 +184,39 @@ MUTATIONS = [
     (PACK, "1u << t % 8", "1u"),
     (PACK | {"T": 16}, "bits + byte_here + t / 8 * c.size", "bits + byte_here"),
     (PACK | LONG, "segment * BYTES * size + at", "at"),
+    (check_packing, "if (k < own.rows) fetch(", "fetch("),
+    # at the threshold; barriers, writes and totals of sums over threads
+    (check_edges, "h >= v_threshold[lane(i)]", "h > v_threshold[lane(i)]"),
+    (check_sums, "  __syncthreads();", ""),
+    (check_sums, "if (thread == 0) finish(sums);", "finish(sums);"),
+    (check_sums, "double", "float"),
+    # the launcher: whose grid made the sums, what must start at 16 bytes
+    (NORM, "(norm_grid or grid).partials", "grid.partials"),
+    (partial(check_starts, norm=None, which="v0"), "is_aligned(*operands[:2], *given)",
+     "is_aligned(operands[0], *given)"),
+    (partial(check_starts, norm=None, which="grad_v"), "is_aligned(*operands[:2], *given)",
+     "is_aligned(*operands[:2])"),
 ]  # fmt: skip
 ROW = {option: values[0] for option, values in OPTIONS.items()}
 ROW |= {"T": 4, "layout": "features", "decay_input": True, "v_init": True}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("options", "line", "broken"), MUTATIONS, ids=lambda value: str(value)[:40]
-)
-def test_breaking_one_line_turns_conformance_red(launcher, tmp_path, options, line, broken):
-    check(launcher, make_case(ROW | options))
-    source = kernels.source()
-    assert line in source
-    host = Host(tmp_path, source.replace(line, broken))
+@pytest.mark.parametrize(("how", "line", "broken"), MUTATIONS, ids=lambda value: str(value)[:40])
+def test_breaking_one_line_turns_conformance_red(launcher, tmp_path, how, line, broken):
+    run = how if callable(how) else partial(check, case=make_case(ROW | how))
+    run(launcher)
+    source, launcher_text = kernels.source(), LAUNCHER.read_text()
+    assert (line in source) != (line in launcher_text)
+    path = tmp_path / LAUNCHER.name
+    path.write_text(launcher_text.replace(line, broken))
+    host = Host(tmp_path, source.replace(line, broken), launcher=path)
     with host.patched(), pytest.raises(AssertionError):
-        check(host, make_case(ROW | options))
+        run(host)
 
 
+# One thread of a block after another, or each up to the next barrier, the first or the last first.
+@pytest.mark.parametrize("step", [None, *(pytest.param(k, marks=needs_ucontext) for k in (1, -1))])
 @pytest.mark.parametrize(
     ("rows", "run", "channels"),
     [
@@ -167,32 +227,11 @@ def test_breaking_one_line_turns_conformance_red(launcher, tmp_path, options, li
         (2, 512, 3),
         (2, 513, 3),
         (3, 5000, 2),
-        (9999, 1, 1),
+        (99_999, 1, 1),
     ],
 )
-def test_sums_over_threads_are_of_every_thread_once_in_any_order(
-    launcher, backwards, rows, run, channels
-):
-    x = torch.rand(2, rows * channels * run)
-    want, found = x.view(2, rows, channels, run).double().sum((1, 3)).float(), []
-    for host in (launcher, backwards):
-        with host.patched():
-            found.append(torch.full((2, channels), torch.nan))
-            about = (make_spec(make_case(ROW)), "parameter_gradients<float>", (rows, run, channels))
-            host.cuda._prepare_adders(*about, array("q", [0]), turns=2)(x, *found[-1])
-    torch.testing.assert_close(found[0], want, rtol=1e-6, atol=0)
-    assert torch.equal(*found)
-
-
-@pytest.fixture(scope="module")
-def backwards(tmp_path_factory):
-    """A host on which the threads of a block run from the last to the first."""
-    source = kernels.source()
-    assert source.count("phase(thread);") == 1
-    return Host(
-        tmp_path_factory.mktemp("backwards"),
-        source.replace("phase(thread);", "phase(ADDERS - 1 - thread);"),
-    )
+def test_sums_over_threads_are_exact_and_of_every_thread_once(launcher, step, rows, run, channels):
+    check_sums(launcher, step, rows, run, channels)
 
 
 def test_kernels_take_their_constants_from_python(tmp_path, monkeypatch):
