@@ -363,7 +363,8 @@ __device__ __forceinline__ void forward_segment(const N& neuron, const Forward<s
 
 template <class scalar_t, int T, int VEC, int LANES, int RESET, int CHARGE, bool STORE_V_SEQ,
           bool NORM, bool PACK>
-__global__ void __launch_bounds__(BLOCK, 8) alif_forward(const Forward<scalar_t> c) {
+__global__ void __launch_bounds__(BLOCK, NORM && LANES == 8 ? 6 : 8)  // 80 registers, or 64
+alif_forward(const Forward<scalar_t> c) {
   constexpr int STEPS = steps_in_registers(T), LEFT = steps_left(T), BYTES = SEGMENT / 8;
   static_assert(!PACK || T <= LONGEST_SWEEP || SEGMENT % 8 == 0, "a segment fills its bytes");
   const int segments = T <= LONGEST_SWEEP ? 1 : (int)(c.steps / SEGMENT);

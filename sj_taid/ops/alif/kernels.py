@@ -35,7 +35,7 @@ ALIGNMENT = 16  # bytes of the widest access
 # keep memory busy, few enough registers for 4 to 6 blocks per multiprocessor.
 _Vecs = tuple[tuple[float, tuple[int, int]], ...]
 _FORWARD_VEC: _Vecs = ((2, (4, 8)), (math.inf, (4, 4)))
-_NORM_FORWARD_VEC: _Vecs = ((math.inf, (4, 4)),)
+_NORM_FORWARD_VEC: _Vecs = ((1, (4, 8)), (math.inf, (4, 4)))
 _BACKWARD_VEC: _Vecs = (
     (1, (4, 8)),
     (2, (4, 4)),

@@ -114,10 +114,10 @@ def _call(function: str, *arguments: object) -> None:
         raise RuntimeError(f"nvrtc{function}: {reason}")
 
 
-# What decides the registers of a thread: the greediest surrogates, the longest single sweep of half
-# precision and that of float32, segments with a rest.
+# What decides the registers of a thread: the greediest surrogates, the most neurons, the longest
+# single sweep of half precision and that of float32, segments with a rest.
 OPTIONS = {
-    "T": (4, 8, 16, 23),
+    "T": (1, 4, 8, 16, 23),
     "dtype": tuple(kernels.SCALARS),
     "v_reset": (0.0, -0.25, None, "counts"),
     "per_lane": (False, True),

@@ -167,6 +167,13 @@ def test_values_are_packed_in_words_of_16_bytes_where_they_lie_so(launcher):
         assert launcher.launches[-1].name == f"pack<float16,{vec},0>"
 
 
+@pytest.mark.parametrize("norm", [None, "batch"])
+def test_a_single_step_in_half_precision_is_read_in_words_of_16_bytes(launcher, norm):
+    case = NORM.with_(shape=(1, *NORM.shape[1:]), through=("spike_seq",), norm=norm)
+    run(launcher, case.with_(dtype=torch.float16))
+    assert launcher.launches[0].name.startswith("alif_forward<float16,1,8,")
+
+
 @pytest.mark.parametrize("dtype", kernels.SCALARS, ids=str)
 def test_packing_reads_up_to_the_last_value(launcher, dtype):
     check_packing(launcher, dtype)
