@@ -47,9 +47,12 @@ def library() -> ctypes.CDLL:
     Raises:
         OSError: there is none; the message says how to install one.
     """
-    for name in (*wheels(sys.path), find_library("nvrtc")):
-        if name:
-            return ctypes.CDLL(str(name))
+    for path in wheels(sys.path):
+        for builtins in path.parent.glob("libnvrtc-builtins.so.*"):
+            ctypes.CDLL(str(builtins))  # 13.0 would not look for them there
+        return ctypes.CDLL(str(path))
+    if name := find_library("nvrtc"):
+        return ctypes.CDLL(name)
     raise OSError(
         "NVRTC (libnvrtc.so) was not found on sys.path or in the system; "
         "pip install nvidia-cuda-nvrtc"
