@@ -3,7 +3,8 @@
     python experiments/benchmark/any_net.py my_nets:make --shape 4 16 3 32 32
 
 adds to ``any_net-make.csv`` a row for the plain net and one for the accelerated net that
-``my_nets.make()`` gives, in place of equal ones; ``--compile`` adds ``torch.compile`` of both. The
+``my_nets.make()`` gives, in place of equal ones; ``--compile`` adds ``torch.compile`` of both. Each
+is timed in turns with the plain net, and its row is written before the next one is measured. The
 shape is that of the input, ``[T, N, ...]``; of a net that repeats an image itself, ``[N, ...]``,
 say ``--batch-axis 0``. A step is forward, a loss of all outputs, and backward, from rest; bfloat16
 is autocast.
@@ -21,7 +22,7 @@ import copy
 import math
 import pkgutil
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import pandas as pd
@@ -84,13 +85,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         factory = pkgutil.resolve_name(options.net)
     except (ImportError, AttributeError, ValueError) as error:
         raise SystemExit(f"{options.net}: {error}; expected package.module:factory") from error
-    table = measure(factory(), options)
-    name = f"any_net-{options.net.rpartition(':')[2]}.csv"
-    write_csv(table, options.out / name, options.device, KEYS)
+    path = options.out / f"any_net-{options.net.rpartition(':')[2]}.csv"
+    for row in measure(factory(), options):
+        write_csv(row, path, options.device, KEYS)
 
 
-def measure(net: nn.Module, options: argparse.Namespace) -> pd.DataFrame:
-    """A row for each system."""
+def measure(net: nn.Module, options: argparse.Namespace) -> Iterator[pd.DataFrame]:
+    """A row for each system, as soon as it is measured, in turns with the plain net."""
     net = net.to(options.device)
     x, batch = torch.rand(options.shape, device=options.device), options.shape[options.batch_axis]
     systems: dict[str, Any] = {"plain": net, "accelerate": copy.deepcopy(net)}
@@ -100,21 +101,27 @@ def measure(net: nn.Module, options: argparse.Namespace) -> pd.DataFrame:
             compiled = torch.compile(copy.deepcopy(one), dynamic=False)
             systems[f"{name} + torch.compile"] = compiled
     zero = zero_gradients(net, x.narrow(options.batch_axis, 0, min(batch, 2)))
-    results = {name: train_step(one, x, options.dtype) for name, one in systems.items()}
-    print(report)
-    table = measure_steps(systems, x, options.batch_axis, options.dtype, options.repeats)
-    for name, one in systems.items():
-        table.loc[name, "held_mb"] = held_bytes(one, x, options.dtype) / 1e6
-        differs_most, difference = compare(results[name], results["plain"], zero)
-        table.loc[name, "differs_most"] = differs_most
-        table.loc[name, "difference"] = difference
     weights = sum(t.nbytes for t in (*net.parameters(), *net.buffers())) / 1e6
-    per_sample = table["mb_per_sample"]
-    left = 1e3 * options.budget - weights - (table["peak_mb"] - per_sample * batch)
-    table["largest_batch"] = left // per_sample.clip(lower=1e-6)
     facts = {"net": options.net, "dtype": options.dtype, "shape": str(options.shape)}
-    table = table.assign(**facts, batch=batch, budget_gb=options.budget)
-    return table.rename_axis("system").reset_index()
+    plain: dict[str, Tensor] = {}
+    for name, one in systems.items():
+        result = train_step(one, x, options.dtype)
+        plain = plain or result
+        if name == "accelerate":
+            print(report)
+        differs_most, difference = compare(result, plain, zero)
+        pair = {"plain": net, name: one}
+        table = measure_steps(pair, x, options.batch_axis, options.dtype, options.repeats)
+        row = table.loc[[name]].assign(
+            held_mb=held_bytes(one, x, options.dtype) / 1e6,
+            differs_most=differs_most,
+            difference=difference,
+        )
+        per_sample = row["mb_per_sample"]
+        left = 1e3 * options.budget - weights - (row["peak_mb"] - per_sample * batch)
+        row["largest_batch"] = left // per_sample.clip(lower=1e-6)
+        row = row.assign(**facts, batch=batch, budget_gb=options.budget)
+        yield row.rename_axis("system").reset_index()
 
 
 def zero_gradients(net: nn.Module, x: Tensor) -> set[str]:

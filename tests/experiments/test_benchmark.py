@@ -116,6 +116,16 @@ def test_any_net_measures_its_gain(measure):
         measure(any_net, f"{__name__}:tiny", "--shape", "4", "1", "2", "8", "8")
 
 
+def test_any_net_writes_each_row_as_it_is_measured(measure, monkeypatch, tmp_path):
+    sizes = iter((2, 1))  # of two systems: the third fails
+    monkeypatch.setattr(any_net, "held_bytes", lambda *_: next(sizes))
+    monkeypatch.setattr(torch, "compile", lambda net, **_: net)
+    options = ["--shape", *map(str, SHAPE), "--repeats", "1", "--compile"]
+    with pytest.raises(RuntimeError, match="StopIteration"):
+        measure(any_net, f"{__name__}:tiny", *options)
+    assert [*read_csv(tmp_path / "any_net-tiny.csv")["system"]] == ["plain", "accelerate"]
+
+
 def test_any_net_compares_what_is_not_zero_but_for_rounding():
     net = tiny()
     zero = any_net.zero_gradients(net, torch.rand(SHAPE))

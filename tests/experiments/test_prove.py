@@ -92,3 +92,9 @@ def test_every_step_is_a_command_that_parses(device, tmp_path, parse_only):  # n
             name = Path(program).stem
         with pytest.raises(Parsed):
             importlib.import_module(name).main(arguments)
+
+
+def test_a_net_is_measured_as_it_is_before_it_is_compiled(tmp_path):
+    steps = [[*step.arguments] for step in prove.steps("cuda", tmp_path)]
+    (compiled,) = (i for i, arguments in enumerate(steps) if "--compile" in arguments)
+    assert [word for word in steps[compiled] if word != "--compile"] in steps[:compiled]
