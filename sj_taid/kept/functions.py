@@ -31,8 +31,8 @@ from .saving import Counts, Recipe, counts_of, run_saving
 
 def _named(names: str) -> list[Any]:
     """The functions of these names, as methods and in torch."""
-    homes = (Tensor, torch)
-    return [getattr(home, name) for name in names.split() for home in homes if hasattr(home, name)]
+    found = [getattr(home, name, None) for name in names.split() for home in (Tensor, torch)]
+    return [function for function in found if callable(function)]  # torch.half is a dtype
 
 
 #: the getters of a tensor's attributes, by their names
@@ -58,23 +58,30 @@ def _ask(func: Any, args: Any, kwargs: Any) -> Any:
 
 # ---- views and copies ----------------------------------------------------------------------------
 
+#: copies and casts of all values in their order
+_COPIES = {*_named("contiguous clone to float half bfloat16")}
+
 
 @handles(
+    *_COPIES,
     *_named("view reshape flatten unflatten transpose swapaxes swapdims permute t"),
     *_named("squeeze unsqueeze detach narrow select chunk split tensor_split unbind"),
-    *_named("movedim moveaxis adjoint __getitem__ view_as reshape_as alias contiguous"),
-    *_named("clone to float half bfloat16"),
+    *_named("movedim moveaxis adjoint __getitem__ view_as reshape_as alias"),
     *(_GET["T"], _GET["mT"], _GET["H"], _GET["mH"]),
 )
 def _view(func: Any, args: Any, kwargs: Any) -> Any:
-    """A view, a copy or a cast, which save no values for backward."""
-    result = func(*args, **kwargs)
-    whole = args[0] if args else None
+    """A view, a copy or a cast, which save no values for backward.
+
+    A view may copy, too, in another order, as an index that is a tensor or a list.
+    """
+    if not args:  # given by name
+        return run(func, args, kwargs)
+    whole, result = args[0], func(*args, **kwargs)
     if type(whole) is not Kept or result is whole:
         return result
     parts = result if isinstance(result, list | tuple) else [result]
     for part in parts:
-        _describe_view(part, whole)
+        _describe_part(part, whole, func in _COPIES)
     source = whole._source
     place = None if source is None else _find_place(func, args, kwargs, result)
     if place is not None:
@@ -86,8 +93,8 @@ def _view(func: Any, args: Any, kwargs: Any) -> Any:
     return result
 
 
-def _describe_view(result: Tensor, whole: Kept) -> None:
-    """Let a view of ``whole``, or a copy, know what it shows."""
+def _describe_part(result: Tensor, whole: Kept, keeps_order: bool) -> None:
+    """Let a view of ``whole``, or a copy of all or some of its values, know what it shows."""
     memory, base, recipe = whole._memory, whole._base, whole._recipe
     if not memory.is_known or type(result) is not Tensor or result.is_inference():
         return
@@ -100,7 +107,9 @@ def _describe_view(result: Tensor, whole: Kept) -> None:
         if is_same:
             keep(result, memory, recipe, source, version=whole._known_version)
     elif recipe and whole.covers(whole):
-        if is_same and result.stride() == whole.stride() and fills_memory(whole):
+        # Equal strides alone do not say that values are in the same order.
+        is_equal = keeps_order and is_same and result.stride() == whole.stride()
+        if is_equal and fills_memory(whole):
             keep(result, Memory(result), recipe)
         else:
             describe(result, (), counts_of(result, recipe.peak))
@@ -119,7 +128,14 @@ def _find_place(func: Any, args: Any, kwargs: Any, result: Any) -> Any:
 
 # ---- what autograd does not see ------------------------------------------------------------------
 
+#: steps of optimizers and scalers of gradients, which change no version
+_UNSEEN = [
+    function
+    for name, function in vars(torch).items()
+    if name.startswith(("_fused_", "_amp_")) and name.endswith("_")
+]
 handles(
+    *_UNSEEN,
     *(_GET["data"], Tensor.data.__set__, _GET["real"], _GET["imag"], _GET["_base"]),  # type: ignore[attr-defined]
     *(Tensor.data_ptr, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.share_memory_),
     *(Tensor.untyped_storage, Tensor.storage, Tensor.__cuda_array_interface__.__get__),

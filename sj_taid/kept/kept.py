@@ -181,7 +181,9 @@ def describe(result: Tensor, kept: Iterable[Any], recipe: Recipe | None) -> None
     for tensor in kept:
         if tensor is not result and graph.shares_memory(result, tensor):
             tensor._memory.is_known = False  # shown by a function that is no view
-    if recipe is not None and result.is_floating_point() and fills_memory(result):
+    # Eight bits do not hold every count.
+    is_exact = result.is_floating_point() and result.itemsize > 1
+    if recipe is not None and is_exact and fills_memory(result):
         keep(result, result._memory if type(result) is Kept else Memory(result), recipe)
 
 

@@ -8,6 +8,7 @@ numbers, which a neuron on the fused operator takes instead: then nobody saves t
 from __future__ import annotations
 
 from functools import partial
+from operator import index
 from typing import Any
 
 import torch
@@ -87,7 +88,8 @@ _COPIES = {Tensor.contiguous, Tensor.clone, torch.clone}
 
 
 def _hashable(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+    """An argument of a view; sizes and axes as they are now, since tensors among them change."""
+    return tuple(map(index, value)) if isinstance(value, list | tuple) else value
 
 
 class Source:

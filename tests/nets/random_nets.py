@@ -206,6 +206,35 @@ TOUCHES = {
 }
 
 
+#: indices that copy, in another order or not
+INDICES = {
+    "permuted by a tensor": lambda y: torch.arange(len(y)).roll(1),
+    "permuted by a list": lambda y: (slice(None), [*range(1, y.shape[1]), 0]),
+    "columns by a tensor": lambda y: (..., torch.arange(y.shape[-1]).flip(0)),
+    "rows by a tensor": lambda y: (..., torch.arange(y.shape[-2]).flip(0), slice(None)),
+    "repeats": lambda y: torch.zeros(len(y), dtype=torch.long),
+    "a mask of all": lambda y: torch.ones(len(y), dtype=torch.bool),
+    "a mask": lambda y: torch.arange(y.numel()).view(y.shape) % 3 > 0,
+}
+
+
+def indexed(get):
+    """A reader of values by an index: in place of them if they have the same shape."""
+
+    def touch(step, y):
+        z = y[get(y)]
+        if z.shape == y.shape:
+            return z
+        step.more.append(z.square().mean())
+        return y
+
+    return touch
+
+
+TOUCHES |= {name: indexed(get) for name, get in INDICES.items()}
+TOUCHES["mixup"] = lambda step, y: 0.7 * y + 0.3 * y[torch.arange(len(y)).roll(1)]
+
+
 def touched(step, name, y):
     return y if name is None else TOUCHES[name](step, y)
 

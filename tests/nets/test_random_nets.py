@@ -3,6 +3,7 @@
 import copy
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 
 import numpy as np
@@ -15,6 +16,7 @@ import sj_taid
 from sj_taid._internal.compat import FUNCTIONAL_STATES
 from tests.nets.alike import EVALUATION, accelerated, assert_alike, is_fragile, results
 from tests.nets.random_nets import FORMS, SHAPE, WAYS, C, Net, Step, W, pick
+from tests.nets.invariant import asked_after_each_function
 
 # ---- hooks, and what else is done to an accelerated net ----
 
@@ -105,7 +107,8 @@ def prepare(net, seed, x, speed=lambda net, x=None: net):
     return net, options
 
 
-def check(seed):
+def check(seed, asks=False):
+    """The net of a seed; ``asks``: whether the invariant is checked after each function."""
     for attempt in range(30):
         net = Net(1000 * seed + attempt)
         if not any(isinstance(module, neuron.BaseNode) for module in net.modules()):
@@ -122,7 +125,8 @@ def check(seed):
         exact, options = prepare(net.double(), seed, x.double())
         exact = results(exact, x.double(), **options)
         fast, options = prepare(net.float(), seed, x, accelerated)
-        found = results(fast, x, **options)
+        with asked_after_each_function() if asks else nullcontext():
+            found = results(fast, x, **options)
         assert_alike(found, expected, exact)
         return
     raise AssertionError("no net whose spikes survive rounding")
@@ -228,8 +232,13 @@ def test_random_net(seed):
     check(seed)
 
 
+@pytest.mark.parametrize("seed", range(20, 40))
+def test_random_net_keeps_the_invariant(seed):
+    check(seed, asks=True)
+
+
 @pytest.mark.fuzz
 @pytest.mark.parametrize("seeds", [range(i, i + 100) for i in range(100, 2100, 100)])
 def test_random_nets(seeds):
     for seed in seeds:
-        check(seed)
+        check(seed, asks=seed % 2 > 0)

@@ -1,0 +1,449 @@
+"""Whatever a function does, a recipe makes its tensor's values and a place points at them."""
+
+import copy
+import io
+import pickle
+from contextlib import suppress
+from functools import partial
+
+import pytest
+import torch
+from spikingjelly.activation_based import neuron, surrogate
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
+
+import sj_taid
+from sj_taid.kept.kept import HANDLERS, leave
+from sj_taid.ops.surrogate import MultiLevelSpikeCount
+from tests.nets.alike import accelerated, assert_same, robust, weighed
+from tests.nets.invariant import asked_after_each_function
+
+OPTIONS = {"step_mode": "m", "v_threshold": 0.5}
+#: kinds of kept tensors [4, 3, 6, 6] of a norm's output ``y`` and an input ``h``
+KINDS = {
+    "spikes": lambda net, y, h: net.lif(h),
+    "counts": lambda net, y, h: net.counts(h),
+    "a norm's output": lambda net, y, h: y,
+    "a sum": lambda net, y, h: y + h,
+}
+ORDERS = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last}
+
+
+class Net(nn.Module):
+    """A tensor of one kind and order, from ``x``."""
+
+    def __init__(self, kind, order="contiguous"):
+        super().__init__()
+        self.norm, self.kind, self.order = nn.BatchNorm2d(3), kind, order
+        self.lif = neuron.LIFNode(surrogate_function=surrogate.ATan(), **OPTIONS)
+        fires = MultiLevelSpikeCount(4, grad_window=(-90.0, 90.0))
+        self.counts = sj_taid.ALIFNode(surrogate_function=fires, v_reset=None, **OPTIONS)
+        nn.init.uniform_(self.norm.weight, 0.5, 2.0)
+        nn.init.uniform_(self.norm.bias, -0.2, 0.8)
+
+    def forward(self, x):
+        self.lif.reset()
+        self.counts.reset()
+        h = 1.5 * x.contiguous(memory_format=ORDERS[self.order])
+        return KINDS[self.kind](self, self.norm(h), h)
+
+
+def draw_x():
+    return 2 * torch.rand(4, 3, 6, 6)
+
+
+# ---- every function ----
+
+
+DTYPES = (
+    torch.float32,
+    torch.float64,
+    torch.float16,
+    torch.bfloat16,
+    torch.float8_e5m2,
+    torch.float8_e8m0fnu,
+    torch.int64,
+)
+MASK = torch.tensor([True, False, True, True])
+BACK = torch.tensor([3, 1, 0, 2])
+WEIGHT, MATRIX = torch.linspace(-1, 1, 54).view(2, 3, 3, 3), torch.linspace(-1, 1, 36).view(6, 6)
+#: indices of all kinds, and whether they give all values in another order, or some
+INDICES = {
+    "a permutation": BACK,
+    "a permutation of channels": (slice(None), torch.tensor([2, 0, 1])),
+    "a permutation of columns": (..., torch.tensor([5, 4, 3, 2, 1, 0])),
+    "a permutation of pixels": (
+        slice(None),
+        slice(None),
+        *torch.meshgrid(*[torch.arange(6).flip(0)] * 2, indexing="ij"),
+    ),
+    "transposed pixels": (
+        slice(None),
+        slice(None),
+        *torch.meshgrid(*[torch.arange(6)] * 2, indexing="xy"),
+    ),
+    "repeats": torch.tensor([1, 1, 0, 2]),
+    "a list": [3, 1, 0, 2],
+    "a list of one": [-1],
+    "lists": ([3, 1, 0, 2], [0, 1, 2, 0]),
+    "an array": BACK.numpy(),
+    "a mask": MASK,
+    "a mask of all": torch.ones(4, dtype=torch.bool),
+    "a mask as a list": [True, False, True, True],
+    "a mask of values": torch.arange(432).view(4, 3, 6, 6) % 5 > 1,
+    "a slice and a tensor": (slice(1, None), torch.tensor([2, 0, 1])),
+    "a new axis and a tensor": (None, BACK),
+    "a tensor and new axes": (BACK, None, ..., None),
+    "an integer and a tensor": (0, torch.tensor([2, 0, 1])),
+    "a tensor of no axis": torch.tensor(2),
+    "tensors of no axis": (torch.tensor(2), ..., torch.tensor(1)),
+    "no axis": None,
+    "all": ...,
+    "true": True,
+    "false": False,
+    "an integer": -1,
+    "steps": slice(None, None, 2),
+    "one of each": (slice(0, 3), None, 1, ..., [0, 2]),
+}
+
+
+def rows(s):
+    """``s`` as a matrix."""
+    return s.flatten(1)
+
+
+def batch(s):
+    """``s`` as three matrices."""
+    return s.flatten(2).transpose(0, 1)
+
+
+def squares(s):
+    """``s`` as matrices that may be multiplied by each other."""
+    return s.flatten(0, 1)
+
+
+#: arguments of optimizers' fused steps
+STEP = {"lr": 0.3, "weight_decay": 0.0, "eps": 1e-8, "maximize": False}
+SGD = {"lr": 0.3, "weight_decay": 0.0, "momentum": 0.0, "dampening": 0.0, "nesterov": False}
+SGD |= {"maximize": False, "is_first_step": True}
+
+
+def state(s, count):
+    """A parameter, its gradient and what an optimizer keeps of it."""
+    moments = [[torch.ones_like(s)] for _ in range(count)]
+    return [s.detach()], *moments, *([[]] if count == 3 else []), [torch.ones(())]
+
+
+#: calls ``f(s, ...)`` of functions that take more than ``s``, by their names
+CALLS = {
+    "T mT H mH t adjoint": [lambda f, s: f(rows(s))],
+    "size stride": [lambda f, s: f(s), lambda f, s: f(s, 1)],
+    "type": [lambda f, s: f(s), lambda f, s: f(s, s.dtype), lambda f, s: f(s, torch.float64)],
+    "is_set_to is_same_size view_as reshape_as": [
+        lambda f, s: f(s, s),
+        lambda f, s: f(s, torch.empty(4, 3, 36)),
+        lambda f, s: f(torch.ones(4, 108), s),
+    ],
+    "requires_grad.__set__": [lambda f, s: f(s.detach(), True)],
+    "grad.__set__": [lambda f, s: f(s, torch.ones_like(s)), lambda f, s: f(s.detach(), s.detach())],
+    "data.__set__": [lambda f, s: f(s, torch.ones_like(s)), lambda f, s: f(s.detach(), s.detach())],
+    "clone contiguous": [
+        lambda f, s: f(s),
+        lambda f, s: f(s.mT),
+        lambda f, s: f(s[1:]),
+        lambda f, s: f(s, memory_format=torch.channels_last),
+        lambda f, s: f(s, memory_format=torch.contiguous_format),
+    ],
+    "float half bfloat16": [lambda f, s: f(s), lambda f, s: f(s.mT), lambda f, s: f(s.double())],
+    "to": [
+        *(lambda f, s, dtype=dtype: f(s, dtype) for dtype in DTYPES),
+        lambda f, s: f(s, torch.ones(1)),
+        lambda f, s: f(s, "cpu", copy=True),
+        lambda f, s: f(s.mT, torch.float32, copy=True),
+        lambda f, s: f(s, torch.float64, memory_format=torch.channels_last),
+        lambda f, s: f(s, memory_format=torch.channels_last),
+        lambda f, s: f(s, memory_format=torch.contiguous_format),
+    ],
+    "view reshape": [
+        lambda f, s: f(s, (4, 3, 36)),
+        lambda f, s: [f(s, (steps, 3, -1, 6)) for steps in map(torch.tensor(0).fill_, (4, 2))],
+        lambda f, s: f(s.mT, (4, 3, 6, 6)),
+        lambda f, s: f(s, (3, 4, 6, 6)),
+        lambda f, s: f(s.mT[:, :1], (2, 2, 6, 6)),
+        lambda f, s: f(s.transpose(0, 1), (3, 4, 6, 6)),
+    ],
+    "view": [lambda f, s: f(s, torch.int32), lambda f, s: f(s, torch.float16)],
+    "flatten": [
+        lambda f, s: f(s),
+        lambda f, s: f(s.mT, 2),
+        lambda f, s: f(s.transpose(0, 1), 0, 1),
+    ],
+    "unflatten": [lambda f, s: f(s, 0, (2, 2)), lambda f, s: f(s.mT, 2, (3, 2))],
+    "transpose swapaxes swapdims movedim moveaxis": [
+        lambda f, s: f(s, 2, 3),
+        lambda f, s: f(s, 0, 1),
+        lambda f, s: f(s[:, :, :1], 2, 3),
+    ],
+    "permute": [lambda f, s: f(s, (0, 1, 3, 2)), lambda f, s: f(s, (3, 0, 1, 2))],
+    "squeeze": [lambda f, s: f(s[:1]), lambda f, s: f(s, 0)],
+    "unsqueeze": [lambda f, s: f(s, 0)],
+    "narrow": [lambda f, s: f(s, 0, 1, 2), lambda f, s: f(s, 1, torch.tensor(1), 2)],
+    "select": [lambda f, s: f(s, 0, 1), lambda f, s: f(s[:, :1], 1, 0)],
+    "chunk": [lambda f, s: f(s, 2, 1), lambda f, s: f(s, 1)],
+    "split": [lambda f, s: f(s, 2), lambda f, s: f(s, [1, 2], 1), lambda f, s: f(s, 4)],
+    "tensor_split": [
+        lambda f, s: f(s, 3),
+        lambda f, s: f(s, torch.tensor([1, 3])),
+        lambda f, s: f(s, (0, 4)),
+    ],
+    "unbind": [lambda f, s: f(s), lambda f, s: f(s, 1), lambda f, s: f(s[:1])],
+    "__getitem__": [lambda f, s, index=index: f(s, index) for index in INDICES.values()],
+    "share_memory_": [lambda f, s: f(s.clone().detach())],
+    "numpy __array__": [lambda f, s: f(s.detach()).fill(0.3)],
+    "untyped_storage": [lambda f, s: f(s).fill_(62)],
+    "__dlpack__": [lambda f, s: torch.from_dlpack(s.detach()).fill_(0.3)],
+    "apply_": [lambda f, s: f(s.detach(), lambda value: 0.3)],
+    "map_": [lambda f, s: f(s.detach(), s.detach(), lambda a, b: 0.3)],
+    "map2_": [lambda f, s: f(s.detach(), s.detach(), s.detach(), lambda a, b, c: 0.3)],
+    "_fused_sgd_": [lambda f, s: f([s.detach()], [torch.ones_like(s)], [], **SGD)],
+    "_fused_adagrad_": [lambda f, s: f(*state(s, 2), lr_decay=0.0, **STEP)],
+    "_fused_adam_ _fused_adamw_": [
+        lambda f, s: f(*state(s, 3), beta1=0.9, beta2=0.9, amsgrad=False, **STEP)
+    ],
+    "_amp_foreach_non_finite_check_and_unscale_": [
+        lambda f, s: f([s.detach()], torch.zeros(1), torch.full((1,), 0.3))
+    ],
+    "_amp_update_scale_": [
+        lambda f, s: f(
+            s.detach()[0, 0, 0, 0], torch.zeros(1, dtype=torch.int), torch.ones(1), 2.0, 0.5, 1
+        )
+    ],
+    "__format__": [lambda f, s: f(s[0, 0, 0, 0], ".1f")],
+    "__reduce_ex__": [lambda f, s: copy.copy(s.detach()), lambda f, s: pickle.dumps(s.detach())],
+    "__deepcopy__": [lambda f, s: f(s.detach(), {})],
+    "register_hook": [lambda f, s: f(s, lambda grad: grad)],
+    "torch.autograd.grad": [lambda f, s: f(s.square().sum(), s)],
+    "backward": [lambda f, s: f(s, torch.ones_like(s)), lambda f, s: f(s.sum(), inputs=[s])],
+    "cat concat stack": [lambda f, s: f([s, s]), lambda f, s: f([s, 2 * s, s.detach()], dim=1)],
+    "__rsub__": [lambda f, s: f(s, 1), lambda f, s: f(s, 2)],
+    "mul multiply __mul__ __rmul__ div divide __truediv__": [
+        lambda f, s: f(s, 0.3),
+        lambda f, s: f(s.mT, 2),
+        lambda f, s: f(s, s),
+        lambda f, s: f(s[1:], 0.3),
+        lambda f, s: f(s, s[:1]),
+        lambda f, s: f(s, torch.tensor(0.3)),
+        lambda f, s: f(s, 1 + 0j),
+    ],
+    "mul_ __imul__ div_ __itruediv__ __idiv__ add_ __iadd__": [
+        lambda f, s: f(s, 3),
+        lambda f, s: f(s.mT, 0.3),
+        lambda f, s: f(s[1:], 0.3),
+        lambda f, s: f(s, s.detach()),
+        lambda f, s: f(s[:1], s[1:2]),
+        lambda f, s: f(torch.ones(4, 3, 6, 6), s),
+    ],
+    "add __add__ __radd__": [
+        lambda f, s: f(s, 1),
+        lambda f, s: f(s, s),
+        lambda f, s: f(s, s.mT),
+        lambda f, s: f(s[1:], s[:-1]),
+        lambda f, s: f(s, (s * 1.5).sin()),
+        lambda f, s: f(s, s[:1]),
+        lambda f, s: f(s.mT, s.detach().mT),
+    ],
+    "add": [lambda f, s: f(s, s, alpha=2)],
+    "max_pool1d max_pool1d_with_indices avg_pool1d": [lambda f, s: f(s.flatten(2), 3)],
+    "max_pool2d max_pool2d_with_indices avg_pool2d": [
+        lambda f, s: f(s, 2),
+        lambda f, s: f(s, 3, 1, 1),
+    ],
+    "max_pool3d max_pool3d_with_indices avg_pool3d": [lambda f, s: f(s.unsqueeze(1), 2)],
+    "adaptive_max_pool1d adaptive_max_pool1d_with_indices adaptive_avg_pool1d": [
+        lambda f, s: f(s.flatten(2), 5)
+    ],
+    "adaptive_max_pool2d adaptive_max_pool2d_with_indices adaptive_avg_pool2d": [
+        lambda f, s: f(s, 1),
+        lambda f, s: f(s, 6),
+    ],
+    "adaptive_max_pool3d adaptive_max_pool3d_with_indices adaptive_avg_pool3d": [
+        lambda f, s: f(s.unsqueeze(1), 2)
+    ],
+    "max_pool2d": [
+        lambda f, s: f(s, 2, dilation=2, padding=1),
+        lambda f, s: f(s, 6, return_indices=True),
+    ],
+    "einsum": [
+        lambda f, s: f("nchw,ndhw->ncd", s, s),
+        lambda f, s: f("nchw->whcn", s),
+        lambda f, s: f("nchw", [s]),
+    ],
+    "addmm": [lambda f, s: f(rows(s), rows(s)[:, :4], rows(s))],
+    "baddbmm": [lambda f, s: f(batch(s), batch(s)[..., :4], batch(s))],
+    "conv1d": [lambda f, s: f(s.flatten(2), WEIGHT.flatten(2))],
+    "conv2d": [lambda f, s: f(s, WEIGHT), lambda f, s: f(s[1:], s[:1])],
+    "conv3d": [lambda f, s: f(s.unsqueeze(2), WEIGHT.unsqueeze(2))],
+    "conv_transpose1d": [lambda f, s: f(s.flatten(2), WEIGHT.flatten(2).transpose(0, 1))],
+    "conv_transpose2d": [lambda f, s: f(s, WEIGHT.transpose(0, 1))],
+    "conv_transpose3d": [lambda f, s: f(s.unsqueeze(2), WEIGHT.transpose(0, 1).unsqueeze(2))],
+    "matmul __matmul__": [
+        lambda f, s: f(s, s.mT),
+        lambda f, s: f(s, MATRIX),
+        lambda f, s: f(s, s[0]),
+    ],
+    "bmm": [lambda f, s: f(squares(s), squares(s))],
+    "mm": [lambda f, s: f(rows(s), rows(s).T)],
+    "linear": [lambda f, s: f(s, MATRIX), lambda f, s: f(s.mT, MATRIX, MATRIX[0])],
+}
+
+#: what no handler knows: an operation, whatever it shows
+OTHERS = {
+    "flip": lambda s: s.flip(0),
+    "roll": lambda s: s.roll(1, 1),
+    "rot90": lambda s: s.rot90(1, (2, 3)),
+    "expand": lambda s: s[:1].expand(4, 3, 6, 6),
+    "repeat": lambda s: s[:1].repeat(4, 1, 1, 1),
+    "tile": lambda s: s.tile(1, 1, 1, 1),
+    "repeat_interleave": lambda s: s[:2].repeat_interleave(2, 0),
+    "gather": lambda s: s.gather(0, torch.full((4, 3, 6, 6), 1)),
+    "index_select": lambda s: s.index_select(0, BACK),
+    "masked_select": lambda s: s.masked_select(MASK.view(4, 1, 1, 1)),
+    "take": lambda s: s.take(torch.arange(432).flip(0).view(4, 3, 6, 6)),
+    "take_along_dim": lambda s: s.take_along_dim(s.argsort(1), 1),
+    "sort": lambda s: s.sort(0),
+    "msort": lambda s: s.msort(),
+    "topk": lambda s: s.topk(6, -1),
+    "cumsum": lambda s: s.cumsum(0),
+    "unfold": lambda s: s.unfold(3, 2, 2),
+    "diagonal": lambda s: s.diagonal(0, 2, 3),
+    "as_strided": lambda s: s.as_strided((4, 3, 6, 6), (1, 4, 12, 72)),
+    "constant pad": lambda s: F.pad(s, (1, -1)),
+    "reflected pad": lambda s: F.pad(s, (1, 1, 0, 0), mode="reflect")[..., 1:-1],
+    "pixel_shuffle": lambda s: F.pixel_shuffle(s.reshape(1, 12, 6, 6), 2),
+    "channel_shuffle": lambda s: F.channel_shuffle(s.reshape(1, 12, 6, 6), 3),
+    "interpolate": lambda s: F.interpolate(s, scale_factor=1.0),
+    "masked_fill": lambda s: s.masked_fill(MASK.view(4, 1, 1, 1), 0.3),
+    "where": lambda s: torch.where(MASK.view(4, 1, 1, 1), s, s.flip(0)),
+    "index_add": lambda s: s.index_add(0, BACK, s),
+    "index_put": lambda s: s.index_put((BACK,), s),
+    "index_copy": lambda s: s.index_copy(0, BACK, s),
+    "scatter": lambda s: s.scatter(0, torch.zeros(1, 3, 6, 6, dtype=torch.long), s),
+    "tril": lambda s: s.tril(),
+    "relu": lambda s: s.relu(),
+    "clamp": lambda s: s.clamp(max=1),
+    "neg": lambda s: -s,
+    "sub": lambda s: 3 - (s - 1),
+    "pow": lambda s: s**2,
+    "dropout": lambda s: F.dropout(s, 0.5),
+    "dropout in place": lambda s: F.dropout(s, 0.5, inplace=True),
+    "hstack": lambda s: torch.hstack([s, s]),
+    "unsafe_chunk": lambda s: s.unsafe_chunk(2),
+    "split_with_sizes": lambda s: s.split_with_sizes([1, 3]),
+    "hsplit": lambda s: s.hsplit(3),
+    "narrow_copy": lambda s: s.detach().narrow_copy(0, 0, 4),
+    "permute_copy": lambda s: torch.permute_copy(s, (0, 1, 3, 2)),
+    "empty_like and copy_": lambda s: torch.empty_like(s).copy_(s),
+    "a view by name": lambda s: torch.transpose(input=s, dim0=2, dim1=3).detach().numpy().fill(0.3),
+    "a copy by name": lambda s: torch.clone(input=s),
+    "out": lambda s: torch.neg(s[0].detach(), out=s.detach()[1]),
+    "whole numbers": lambda s: s.detach().view(torch.int32).fill_(1050253722),
+    "other signs": lambda s: torch._neg_view(s),
+    "complex": lambda s: torch.view_as_complex(s.contiguous().unflatten(-1, (-1, 2))),
+    "t_": lambda s: s.detach().transpose_(0, 1),
+    "transpose_": lambda s: s.transpose_(2, 3),
+    "squeeze_ and unsqueeze_": lambda s: s.unsqueeze_(1).squeeze_(1),
+    "as_strided_": lambda s: s.as_strided_((4, 3, 6, 6), (108, 36, 1, 6)),
+    "resize_": lambda s: s.detach().resize_(3, 4, 6, 6),
+    "set_": lambda s: s.detach().set_(torch.ones(4, 3, 6, 6)),
+    "detach_": lambda s: s.detach_(),
+    "__setitem__": lambda s: s.__setitem__(0, s[1]),
+    "zero_": lambda s: s[0].zero_(),
+    "copy_": lambda s: s.copy_(s.flip(0)),
+    "exponential_": lambda s: s.detach().exponential_(),
+    "foreach in place": lambda s: torch._foreach_add_([s.detach()], 0.3),
+    "a fused step": lambda s: torch._fused_sgd_([s.detach()], [torch.ones_like(s)], [], **SGD),
+    "a parameter": lambda s: nn.Parameter(s.detach()).data.fill_(0.3),
+    "save": lambda s: torch.save(s.detach(), io.BytesIO()),
+}
+
+#: what has no value of a tensor in ordinary memory
+RAISES = {"grad_dtype.__get__", "imag.__get__", "__cuda_array_interface__.__get__"}
+POOLS = {value: name for name, value in vars(F).items() if "pool" in name and callable(value)}
+
+
+def name_of(function):
+    """What a function that has a handler is called."""
+    if function is torch.autograd.grad:
+        return "torch.autograd.grad"
+    if function.__name__ in ("__get__", "__set__"):
+        owner = getattr(function.__self__, "__name__", "__cuda_array_interface__")
+        return f"{owner}.{function.__name__}"
+    return POOLS.get(function, function.__name__)
+
+
+def is_number(t):
+    return isinstance(t, Tensor) and t.is_floating_point() and t.itemsize > 1
+
+
+def calls_of(function):
+    """The calls of a function that has a handler: one that takes a tensor alone needs no row."""
+    name = name_of(function)
+    names = name, name.removesuffix(".__get__")
+    found = [call for key in CALLS if {*names} & {*key.split()} for call in CALLS[key]]
+    return [partial(call, function) for call in found] or [function]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of attributes that nobody should ask for
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_function(kind, order):
+    calls = [(name_of(function), call) for function in HANDLERS for call in calls_of(function)]
+    calls += OTHERS.items()
+    net, ran, wrong = accelerated(Net(kind, order)), set(), []
+    x = draw_x().requires_grad_()
+    for name, call in calls:
+        s = net(x)
+        assert s.recipe() is not None
+        also_there = s.detach(), s.mT, s[1:]
+        try:
+            with asked_after_each_function():
+                result = call(s)
+                ran.add(name)
+                with suppress(RuntimeError), torch.no_grad():  # as of an expanded tensor
+                    torch._foreach_mul_([t for t in tree_leaves(result) if is_number(t)], 0.5)
+                assert [*map(torch.sum, also_there)]
+        except AssertionError as error:
+            wrong.append(f"{name}: {error}")
+        except Exception as error:
+            with pytest.raises(type(error)):  # as of a plain tensor
+                call(leave(net(x)).clone())
+    assert not wrong, "\n".join(wrong)
+    missing = {name for name, _ in calls} - ran - RAISES
+    assert not missing, f"no call of {', '.join(sorted(missing))} succeeds: add one to CALLS"
+
+
+class Reader(Net):
+    """A tensor that is indexed, and read by what saves it."""
+
+    def __init__(self, kind, order, index):
+        super().__init__(kind, order)
+        self.scale, self.index = nn.Parameter(torch.ones(())), index
+
+    def forward(self, x):
+        z, h = super().forward(x)[self.index], (1.5 * x)[self.index]
+        return weighed(self.scale * z) + weighed((z + h).square())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("index", INDICES.values(), ids=INDICES)
+def test_gradients_of_what_is_indexed(index, kind):
+    for order in ORDERS:
+        plain, x = robust(lambda order=order: (Reader(kind, order, index), draw_x()))
+
+        def run(net, x=x):
+            leaf = x.clone().requires_grad_()
+            net(leaf).backward()
+            return [leaf.grad, *(p.grad for p in net.parameters())]
+
+        assert_same(plain, run)
