@@ -269,7 +269,7 @@ for kind in ("max", "avg", "adaptive_max", "adaptive_avg"):
 
 
 @handles(
-    *(torch.einsum, *_named("addmm baddbmm conv1d conv2d conv3d")),
+    *_named("addmm baddbmm conv1d conv2d conv3d"),
     *_named("conv_transpose1d conv_transpose2d conv_transpose3d"),
 )
 def _contract(func: Any, args: Any, kwargs: Any, peak: int | None = None) -> Any:

@@ -274,11 +274,6 @@ CALLS = {
         lambda f, s: f(s, 2, dilation=2, padding=1),
         lambda f, s: f(s, 6, return_indices=True),
     ],
-    "einsum": [
-        lambda f, s: f("nchw,ndhw->ncd", s, s),
-        lambda f, s: f("nchw->whcn", s),
-        lambda f, s: f("nchw", [s]),
-    ],
     "addmm": [lambda f, s: f(rows(s), rows(s)[:, :4], rows(s))],
     "baddbmm": [lambda f, s: f(batch(s), batch(s)[..., :4], batch(s))],
     "conv1d": [lambda f, s: f(s.flatten(2), WEIGHT.flatten(2))],
@@ -330,6 +325,21 @@ OTHERS = {
     "index_copy": lambda s: s.index_copy(0, BACK, s),
     "scatter": lambda s: s.scatter(0, torch.zeros(1, 3, 6, 6, dtype=torch.long), s),
     "tril": lambda s: s.tril(),
+    **{
+        f"einsum {equation}": partial(torch.einsum, equation)
+        for equation in ("nchw->whcn", "nchw->c", "nchw")
+    },
+    **{
+        f"einsum {equation}": lambda s, equation=equation: torch.einsum(equation, s, s)
+        for equation in (
+            "nchw,nchw->nchw",
+            "nchw,ndhw->ncd",
+            "nchw,nchw->c",
+            "...hw,...kw->...hk",
+            "nchw,nchv->nw",
+        )
+    },
+    "einsum of a gate": lambda s: torch.einsum("nchw,c->nchw", s, WEIGHT[0, :, 0, 0]),
     "relu": lambda s: s.relu(),
     "clamp": lambda s: s.clamp(max=1),
     "neg": lambda s: -s,
@@ -421,6 +431,24 @@ def test_every_function(kind, order):
     assert not wrong, "\n".join(wrong)
     missing = {name for name, _ in calls} - ran - RAISES
     assert not missing, f"no call of {', '.join(sorted(missing))} succeeds: add one to CALLS"
+
+
+#: functions of which autocast computes some in half precision
+CAST = {name: [call] for name, call in OTHERS.items() if "einsum" in name}
+CAST |= {
+    name_of(function): calls_of(function)
+    for function in HANDLERS
+    if name_of(function).startswith(("conv", "linear", "addmm", "baddbmm", "matmul", "bmm", "mm"))
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", CAST)
+def test_autocast_casts_what_it_casts_of_plain_tensors(name, kind):
+    s = accelerated(Net(kind))(draw_x().requires_grad_())
+    with torch.autocast("cpu", torch.bfloat16):
+        for call in CAST[name]:
+            torch.testing.assert_close(call(s) + 0, call(leave(s)), rtol=0, atol=0)
 
 
 class Reader(Net):
