@@ -5,6 +5,7 @@ No function reads what a graph saved, which would run the hooks of checkpointing
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,8 +21,30 @@ plain_functions: Any = torch._C.DisableTorchFunctionSubclass
 #: lets a function run outside of the graphs of torch.compile, which break there
 outside_graphs: Any = torch._disable_dynamo
 is_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled
+#: whether ``torch.func`` transforms what runs
+is_transformed: Callable[[], bool] = torch._C._are_functorch_transforms_active
+#: whether a tensor hides a batch, as the gradients of ``is_grads_batched=True`` do
+is_batched: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
 #: ``F.batch_norm`` that gives mean and ``(var + eps)^(-1/2)`` of the batch too
 batch_norm: Any = torch._batch_norm_impl_index
+
+
+def map_batch(rule: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What a ``vmap`` of ``torch.autograd.Function`` gives of arguments that hide a batch."""
+    hidden = [isinstance(a, Tensor) and is_batched(a) for a in arguments]
+    first = arguments[hidden.index(True)]
+    # No function tells its level, which is another one only in a batch of batches.
+    level = next(n for n in range(1, 64) if not is_batched(torch._remove_batch_dim(first, n, 1, 0)))
+    shown = [
+        torch._remove_batch_dim(a, level, 1, 0) if is_hidden else a
+        for a, is_hidden in zip(arguments, hidden, strict=True)
+    ]
+    info = SimpleNamespace(batch_size=len(shown[hidden.index(True)]))
+    results, axes = rule(info, [0 if is_hidden else None for is_hidden in hidden], *shown)
+    return tuple(
+        r if axis is None else torch._add_batch_dim(r, axis, level)
+        for r, axis in zip(results, axes, strict=True)
+    )
 
 
 def recomputation() -> int | None:
@@ -37,7 +60,7 @@ def is_eager() -> bool:
     return not (
         torch._C._get_tracing_state()
         or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
+        or is_transformed()
         or forward_ad._current_level >= 0
     )
 
@@ -46,7 +69,7 @@ def steps_aside() -> bool:
     """Whether something traces, counts or transforms operations, and needs plain modules."""
     if torch.jit.is_tracing() or torch.compiler.is_exporting():
         return True
-    return is_watched() or torch._C._are_functorch_transforms_active()
+    return is_watched() or is_transformed()
 
 
 def is_watched() -> bool:

@@ -52,7 +52,16 @@ def per_sample(net, x):
     return torch.func.vmap(lambda x: net.eval()(x), in_dims=1)(x.unsqueeze(2))
 
 
+def jacobian(net, x, **options):
+    def outputs(x):
+        functional.reset_net(net)
+        return net(x).sum((1, 3, 4)).flatten()
+
+    return torch.autograd.functional.jacobian(outputs, x, **options)
+
+
 TOOLS = {
+    **{f"jacobian, {way}": partial(jacobian, vectorize=way) for way in (True, False)},
     **{kind: count(kind) for kind in ("ACCounter", "MACCounter", "SynOpCounter", "FlopCounter")},
     **{kind: count(kind) for kind in ("NeuronStateCounter", "MemoryAccessCounter")},
     **{tool.__name__: tool for tool in (count_flops, trace, export, per_sample)},

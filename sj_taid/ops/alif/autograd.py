@@ -64,24 +64,16 @@ class FusedALIF(torch.autograd.Function):
         ctx: Any, grad_spike_seq: Any, grad_v: Any, grad_v_seq: Any, *unused: Any
     ) -> tuple[Tensor | None, ...]:
         plan, v_init, strides, name = ctx.call
-        # Hooks on saved tensors need not keep their layout.
-        checkpoint, x, v0, *parameters = _saved_tensors(ctx, name)
-        order, step = plan.spec.strides, plan.spec.strides[1:]
+        checkpoint, *operands = _saved_tensors(ctx, name)
         need_x, need_v0, need_w, need_v_threshold, *_, need_weight, need_bias = (
             ctx.needs_input_grad[3:]
         )
         arguments = (
             Needs(need_x, need_v0, need_w, need_v_threshold, need_weight or need_bias),
-            v_init,
-            arranged(grad_spike_seq, order),
-            arranged(grad_v, step),
-            arranged(grad_v_seq, order),
-            checkpoint if checkpoint is None else checkpoint.contiguous(),
-            arranged(x, strides),
-            arranged(v0, step),
-            *parameters,
+            *(v_init, strides, grad_spike_seq, grad_v, grad_v_seq, checkpoint, *operands),
         )
-        run: Any = _Backward.apply if torch.is_grad_enabled() else _Backward.forward
+        is_seen = torch.is_grad_enabled() or graph.is_transformed()
+        run: Any = _Backward.apply if is_seen else _Backward.forward
         *grads, grad_weight, grad_bias = run(plan, *arguments)
         # A plan computes both or none, and a missing input of autograd's must get none.
         of_norm = grad_weight if need_weight else None, grad_bias if need_bias else None
@@ -119,8 +111,38 @@ class _Backward(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(plan: Any, needs: Any, v_init: Any, *tensors: Any) -> tuple[Tensor | None, ...]:
-        return plan.backward(needs, v_init, tensors[:4], tensors[4:])
+    def forward(
+        plan: Any, needs: Any, v_init: Any, strides: Any, *tensors: Any
+    ) -> tuple[Tensor | None, ...]:
+        # Hooks on saved tensors need not keep their layout.
+        grad_spike_seq, grad_v, grad_v_seq, checkpoint, x, v0, *parameters = tensors
+        order, step = plan.spec.strides, plan.spec.strides[1:]
+        try:
+            given = (
+                arranged(grad_spike_seq, order),
+                arranged(grad_v, step),
+                arranged(grad_v_seq, order),
+                checkpoint if checkpoint is None else checkpoint.contiguous(),
+            )
+            operands = arranged(x, strides), arranged(v0, step), *parameters
+            return plan.backward(needs, v_init, given, operands)
+        except RuntimeError:  # a batch has no memory
+            if not any(graph.is_batched(t) for t in tensors[:3] if t is not None):
+                raise
+        return graph.map_batch(_Backward.vmap, (plan, needs, v_init, strides, *tensors))
+
+    @staticmethod
+    def vmap(info: Any, axes: Any, *arguments: Any) -> tuple[Any, Any]:
+        """The gradients of each of a batch that ``torch.func.vmap`` maps over, one by one."""
+        pairs = [*zip(arguments, axes, strict=True)]
+        batch = [
+            _Backward.apply(
+                *(a.select(axis, i) if isinstance(axis, int) else a for a, axis in pairs)
+            )
+            for i in range(info.batch_size)
+        ]
+        grads = [None if one[0] is None else torch.stack(one) for one in zip(*batch, strict=True)]
+        return tuple(grads), tuple(None if grad is None else 0 for grad in grads)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:

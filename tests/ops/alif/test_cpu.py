@@ -166,6 +166,38 @@ def test_second_derivatives_are_refused(name, reduce):
         grad.sum().backward()
 
 
+#: ways to the gradients of a batch of gradients
+BATCHED = {
+    "is_grads_batched": lambda y, leaves, grads: torch.autograd.grad(
+        y, leaves, grads, is_grads_batched=True, retain_graph=True
+    ),
+    "torch.func.vmap": lambda y, leaves, grads: torch.func.vmap(
+        lambda grad: torch.autograd.grad(y, leaves, grad, retain_graph=True)
+    )(grads),
+    "torch.func.vmap over the last axis": lambda y, leaves, grads: torch.func.vmap(
+        lambda grad: torch.autograd.grad(y, leaves, grad, retain_graph=True), -1
+    )(grads.movedim(0, -1)),
+}
+
+
+@pytest.mark.parametrize("how", BATCHED)
+@pytest.mark.parametrize("output", [0, 1, 2])
+@pytest.mark.parametrize("case", [Case(axes=(0, 2, 1)), Case(channels=5, norm="batch")])
+def test_gradients_in_batches_are_those_one_by_one(case, output, how):
+    leaves = {key: leaf.requires_grad_() for key, leaf in tensors(case).items()}
+    norm = None
+    if case.norm:
+        norm = BatchNorm(leaves["weight"], leaves["bias"], None, None, True, 0.1, 1e-5)
+    operands = [leaves[key] for key in ("x", "v0", "w", "v_threshold")]
+    y = cpu.multi_step(*operands, store_v_seq=True, norm=norm, **case.options())[output]
+    grads = torch.randn(3, *y.shape)
+    leaves = [leaf for leaf in leaves.values() if leaf is not None]
+    one_by_one = [torch.autograd.grad(y, leaves, grad, retain_graph=True) for grad in grads]
+    expected = [torch.stack(each) for each in zip(*one_by_one, strict=True)]
+    found = BATCHED[how](y, leaves, grads)
+    assert len(found) == len(expected) and all(map(torch.equal, found, expected))
+
+
 def test_transforms_take_the_definition():
     leaves = [leaf.detach() for leaf in tensors(Case(shape=(4, 3, 5))).values()]
     smooth = surrogate.Sigmoid(spiking=False)  # the loops would fire
