@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .._internal import graph
 from ..ops import backends, bits
-from ..ops.alif.plan import Dynamics, Plans, Spec
+from ..ops.alif.plan import Dynamics, Plans, Spec, arranged
 from ..ops.bits import is_dense
 from .kept import Kept, Memory, keep
 from .saving import Recipe, unchanged
@@ -227,6 +227,9 @@ def normalize(norm: Any, x: Tensor, place: Place, folds: bool) -> Tensor:
     y, mean, spread, *_ = graph.batch_norm(
         *(flat, weight, bias, *running, not fixed, factor, eps, torch.backends.cudnn.enabled)
     )
+    if flat.dim() > 3 and 1 in flat.shape and not flat.is_cuda:
+        # Torch reads a gradient in another memory order wrongly: an axis of size 1 hides the order.
+        y.register_hook(partial(arranged, strides=flat.stride()))
     if fixed:  # copies: training moves them, unseen by their version
         mean, spread = (t.detach().clone() for t in running)
     y = y.view(x.shape) if folds else y

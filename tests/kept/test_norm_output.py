@@ -274,6 +274,26 @@ def test_every_neuron_fuses_in_every_memory_order(kind, axes):
     assert report.rows[0].done == "fused into 1", str(report)
 
 
+@pytest.mark.parametrize("order", ["contiguous", "channels last", "channels last but for ones"])
+@pytest.mark.parametrize("shape", [(1, 3, 5, 2), (6, 3, 5, 1), (1, 3, 1, 4), (1, 2, 3, 2, 1)])
+def test_gradient_in_another_memory_order(shape, order):
+    """Torch's batch norm reads some wrongly where an axis of size 1 may have any stride."""
+    norm = (nn.BatchNorm2d if len(shape) == 4 else nn.BatchNorm3d)(shape[1])
+    fast, _ = accelerated(nn.ModuleList([copy.deepcopy(norm), neuron.LIFNode(step_mode="m")]))
+    axes = range(len(shape)) if order == "contiguous" else [0, *range(2, len(shape)), 1]
+    if "ones" in order:
+        axes = sorted(axes, key=lambda axis: shape[axis] == 1)
+    x = torch.randn(shape).permute(*axes).contiguous()
+    x = x.permute(*map([*axes].index, range(len(shape)))).requires_grad_()
+    weights = torch.arange(x.numel()).float().cos().view(shape)
+    plain = x.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
+    (exact,) = torch.autograd.grad((norm(plain) * weights).sum(), plain)
+    for axes in itertools.permutations(range(x.dim())):
+        y = fast(x).permute(axes).contiguous()
+        (found,) = torch.autograd.grad((y * weights.permute(axes).contiguous()).sum(), x)
+        torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-5)
+
+
 def accelerated_pair():
     """A norm of four channels and a neuron."""
     return accelerated(nn.ModuleList([nn.BatchNorm2d(4), neuron.LIFNode(step_mode="m")]))
