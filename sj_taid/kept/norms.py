@@ -110,13 +110,12 @@ class Source:
         self._state, self._hooks = self._now(), graph.saving_hooks()
 
     def _now(self) -> tuple[Any, ...]:
-        """What must be as it was at the norm's call."""
+        """What must be as it was at the norm's call; ``t.data = other`` changes no version."""
         x, weight, bias = self.x, self.weight, self.bias
         return (
-            x._version,
-            x.requires_grad,
-            weight is None or (weight._version, weight.requires_grad),
-            bias is None or (bias._version, bias.requires_grad),
+            (x._version, x.requires_grad, x.data_ptr()),
+            weight is None or (weight._version, weight.requires_grad, weight.data_ptr()),
+            bias is None or (bias._version, bias.requires_grad, bias.data_ptr()),
         )
 
     def note(self, reader: Any) -> None:

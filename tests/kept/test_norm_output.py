@@ -224,6 +224,22 @@ def test_gradients_are_those_of_the_norms_call(change):
     assert_same(plain, lambda net: train(net, x, lambda y: (change(net[1]), y)[1]))
 
 
+@pytest.mark.parametrize("name", ["input", "weight", "bias"])
+def test_memory_that_is_replaced_between_norm_and_neuron(name):
+    plain, x = draw()
+
+    def run(net):
+        conv, norm, node = net
+        y = norm(h := conv(x))
+        tensor = h if name == "input" else getattr(norm, name)
+        tensor.data = 3 * tensor.detach() + 1
+        spikes = node(y)
+        weighed(spikes).backward()
+        return [spikes.detach() + 0, *(p.grad for p in net.parameters())]
+
+    assert_same(plain, run)
+
+
 @pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("lacks", ["weight", "bias"])
