@@ -23,7 +23,7 @@ OPTIONS = {"step_mode": "m", "v_threshold": 0.5}
 #: kinds of kept tensors [4, 3, 6, 6] of a norm's output ``y`` and an input ``h``
 KINDS = {
     "spikes": lambda net, y, h: net.lif(h),
-    "counts": lambda net, y, h: net.counts(h),
+    "counts": lambda net, y, h: net.counts(3 * h),
     "a norm's output": lambda net, y, h: y,
     "a sum": lambda net, y, h: y + h,
 }
@@ -55,7 +55,6 @@ def draw_x():
 
 # ---- every function ----
 
-
 DTYPES = (
     torch.float32,
     torch.float64,
@@ -68,7 +67,7 @@ DTYPES = (
 MASK = torch.tensor([True, False, True, True])
 BACK = torch.tensor([3, 1, 0, 2])
 WEIGHT, MATRIX = torch.linspace(-1, 1, 54).view(2, 3, 3, 3), torch.linspace(-1, 1, 36).view(6, 6)
-#: indices of all kinds, and whether they give all values in another order, or some
+#: indices of all kinds
 INDICES = {
     "a permutation": BACK,
     "a permutation of channels": (slice(None), torch.tensor([2, 0, 1])),
@@ -158,6 +157,7 @@ CALLS = {
     "float half bfloat16": [lambda f, s: f(s), lambda f, s: f(s.mT), lambda f, s: f(s.double())],
     "to": [
         *(lambda f, s, dtype=dtype: f(s, dtype) for dtype in DTYPES),
+        lambda f, s: f(s + s + s, torch.float8_e8m0fnu),
         lambda f, s: f(s, torch.ones(1)),
         lambda f, s: f(s, "cpu", copy=True),
         lambda f, s: f(s.mT, torch.float32, copy=True),
