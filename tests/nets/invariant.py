@@ -11,7 +11,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from sj_taid._internal import graph
-from sj_taid.acceleration import kept
+from sj_taid.kept import kept
 from sj_taid.kept.kept import Kept
 
 

@@ -15,8 +15,8 @@ from torch import nn
 import sj_taid
 from sj_taid._internal.compat import FUNCTIONAL_STATES
 from tests.nets.alike import EVALUATION, accelerated, assert_alike, is_fragile, results
-from tests.nets.random_nets import FORMS, SHAPE, WAYS, C, Net, Step, W, pick
 from tests.nets.invariant import asked_after_each_function
+from tests.nets.random_nets import FORMS, SHAPE, WAYS, C, Net, Step, W, pick
 
 # ---- hooks, and what else is done to an accelerated net ----
 
