@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass
 from functools import partial
-from glob import iglob
+from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, ClassVar
 
@@ -43,8 +43,8 @@ class ImageFolder(ImageData):
     """The images of any folder: files of the formats of torchvision's ``ImageFolder``.
 
     Each folder in ``root`` is a class, in the order of their names, and holds all its images;
-    without any, the images are unlabelled. Links are followed; hidden files and folders, whose
-    names begin with a dot, are left out.
+    without any, the images are unlabelled. Links are followed, and an image that several lead to
+    is one; hidden files and folders, whose names begin with a dot, are left out.
 
     Args:
         root: the folder, for training.
@@ -58,7 +58,8 @@ class ImageFolder(ImageData):
     Raises:
         FileNotFoundError: no such folder, or no image in it.
         ValueError: other classes in ``test_root`` than in ``root``, images next to the folders of
-            classes, or a class of one image without ``test_root``.
+            classes, a class of one image without ``test_root``, or an image that is in two classes,
+            or in both roots.
         OSError: an image that cannot be read, when it is asked for.
     """
 
@@ -97,31 +98,59 @@ class ImageFolder(ImageData):
                 f"dataset.test_root has the classes {', '.join(test_names) or 'of no folder'}, but "
                 f"dataset.root {', '.join(names) or 'of no folder'}"
             )
-        return files, self._scan(self.test_root, names)
+        tests = self._scan(self.test_root, names)
+        trained, tested = ({*map(os.path.realpath, part.samples)} for part in (files, tests))
+        if both := sorted(trained & tested):
+            raise ValueError(
+                f"{len(both)} images of dataset.test_root are in dataset.root too, such as "
+                f"{both[0]}; keep each in one of them, or leave dataset.test_root out"
+            )
+        return files, tests
 
     def _scan(self, root: Path, names: list[str]) -> Samples:
-        if names and (loose := _images(root, "*")):
+        if names and (loose := sorted(filter(_is_image, (p.name for p in root.iterdir())))):
             raise ValueError(
                 f"{root} has folders of classes, and {len(loose)} images next to them, such as "
-                f"{Path(loose[0]).name}; move each into the folder of its class, or out of {root}"
+                f"{loose[0]}; move each into the folder of its class, or out of {root}"
             )
-        paths, labels = [], []
+        found: dict[str, str] = {}
+        labels = []
         for label, name in [*enumerate(names)] or [(UNLABELLED, "")]:
-            images = _images(root / name, "**/*")
+            images = _images(root / name)
             if not images:
                 raise FileNotFoundError(
                     f"no image in {root / name}, of {', '.join(IMG_EXTENSIONS)}"
                 )
-            paths += images
+            if both := found.keys() & images.keys():
+                first = min(both)
+                raise ValueError(
+                    f"{found[first]} and {images[first]} are one image in two classes; remove a "
+                    "link, so that it is in one"
+                )
+            found |= images
             labels += [label] * len(images)
         read = partial(read_image, channels=self.channels, size=self.image_size)
-        return Samples(paths, labels, read, f"replace it, or move it out of {root}")
+        return Samples([*found.values()], labels, read, f"replace it, or move it out of {root}")
 
 
-def _images(folder: Path, pattern: str) -> list[str]:
-    # Unlike Path.rglob it follows links and leaves out what is hidden.
-    inside = iglob(pattern, root_dir=folder, recursive=True)  # noqa: PTH207
-    return sorted(str(folder / n) for n in inside if n.lower().endswith(IMG_EXTENSIONS))
+def _is_image(name: str) -> bool:
+    return not name.startswith(".") and name.lower().endswith(IMG_EXTENSIONS)
+
+
+def _images(folder: Path) -> dict[str, str]:
+    """The path of each image in the folder or below it, in their order, by its real path."""
+    found: dict[str, str] = {}
+    walked = set()  # or a link to a folder above would lead round and round
+    for here, folders, files in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(here)) in walked:
+            folders.clear()
+            continue
+        walked.add(real)
+        folders[:] = sorted(name for name in folders if name[0] != ".")
+        for name in sorted(filter(_is_image, files)):
+            path = str(Path(here, name))
+            found.setdefault(os.path.realpath(path), path)
+    return dict(sorted(found.items(), key=itemgetter(1)))
 
 
 def _class_names(root: Path, option: str) -> list[str]:

@@ -35,16 +35,17 @@ def test_image_folder_with_a_folder_per_class(tmp_path):
     for name, n in (("cat", 8), ("dog", 20), (".thumbnails", 3)):
         write_images(tmp_path / "train" / name, n)
         write_images(tmp_path / "test" / name, 2, mode="L", suffix="jpg")
-    (tmp_path / "train" / "cat" / "more").symlink_to(tmp_path / "test" / "cat")
+    (more := tmp_path / "train" / "cat" / "more").symlink_to(tmp_path / "test" / "cat")
     module = folder(tmp_path / "train", classes=2)
     images, labels = first(module.test_dataloader())
     assert labels.tolist() == [1, 0, 1] and len(module.train_set) == 27
     assert images.shape == (3, 1, 16, 16) and module.class_names == ["cat", "dog"]
 
+    more.unlink()  # or it would train on images for testing
     apart = {"root": tmp_path / "train", "test_root": str(tmp_path / "test")}
     assert make(data.ImageFolder, **apart, classes=None).classes == 2
     module = folder(**apart)
-    assert len(module.train_set) == 30 and len(module.test_set) == 4
+    assert len(module.train_set) == 28 and len(module.test_set) == 4
 
     with pytest.raises(ValueError, match=r"classes=10, but test has 2: cat, dog"):
         folder(tmp_path / "train", classes=10)
@@ -56,7 +57,7 @@ def test_image_folder_with_a_folder_per_class(tmp_path):
 @pytest.mark.parametrize(("n", "size"), [(3, 2), (200, 9), (5000, 100)])
 def test_image_folder_fits_batches_to_images_and_workers_to_cores(tmp_path, monkeypatch, n, size):
     (tmp_path / "a.png").touch()
-    paths = [str(tmp_path / "a.png")] * n
+    paths = {str(i): str(tmp_path / "a.png") for i in range(n)}
     monkeypatch.setattr("sj_taid.data.folder._images", lambda *_: paths)
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     cats = ready(data.ImageFolder, root=tmp_path, classes=None, batch_size=None, num_workers=None)
@@ -109,7 +110,61 @@ def test_image_folder_trains_and_tests_every_class(tmp_path, share):
     write_images(tmp_path / "d", 1)
     with pytest.raises(ValueError, match=r"d/00\.png is the only file of its class"):
         folder(tmp_path, test_share=share)
-    assert len(folder(tmp_path, test_root=tmp_path).train_set) == 56
+    for name in "abcd":
+        write_images(tmp_path / ".tests" / name, 1)
+    assert len(folder(tmp_path, test_root=tmp_path / ".tests").train_set) == 56
+
+
+#: links below a folder of the classes a and b, and where they lead; and what is then refused
+LINKS = {
+    "a/loop -> a": None,
+    "a/more/loop -> a": None,
+    "a/more/to/up -> a/more": None,
+    "a/again -> a/more": None,
+    "a/99.png -> a/00.png": None,
+    "b/09.png -> ../far/00.png, b/10.png -> ../far/00.png": None,
+    "b/far -> ../far, ../far/back -> b": None,
+    "a/0 -> a, a/more/0 -> a, a/more/1 -> a/more, b/0 -> b": None,
+    "a/up -> .": r"b/00\.png and .*a/up/b/00\.png|a/up/b/00\.png and .*b/00\.png",
+    "a/b -> b": "are one image in two classes; remove a link, so that it is in one",
+    "b/far -> ../far, a/far -> ../far": r"a/far/00\.png and .*b/far/00\.png are one image",
+    "a/03.png -> b/00.png": r"a/03\.png and .*b/00\.png are one image in two classes",
+    "c -> b": r"b/00\.png and .*c/00\.png are one image",
+    "all -> .": "are one image in two classes",
+}
+
+
+@pytest.mark.parametrize(("links", "refusal"), LINKS.items())
+def test_image_folder_has_each_image_once_however_links_go(tmp_path, links, refusal):
+    for name in ("a", "a/more", "a/more/to", "b", "../far", "../test/a", "../test/b"):
+        write_images(tmp_path / "root" / name, 3)
+    real = {path.resolve() for path in tmp_path.glob("root/**/*.png")}
+    for link in links.split(", "):
+        place, target = (tmp_path / "root" / path for path in link.split(" -> "))
+        place.symlink_to(target.resolve())
+    if refusal:
+        with pytest.raises(ValueError, match=refusal):
+            folder(tmp_path / "root")
+        return
+    if "far" in links:
+        real |= {*tmp_path.glob("far/00.png" if "png" in links else "far/*.png")}
+    module = folder(tmp_path / "root", test_share=0.5)
+    paths = [*module.train_set.samples, *module.test_set.samples]
+    assert sorted(Path(path).resolve() for path in paths) == sorted(real)
+    whole = folder(tmp_path / "root", test_root=tmp_path / "test")
+    assert len(whole.train_set) == len(real)
+
+
+@pytest.mark.parametrize("link", ["test/a/far", "test/a/00.png", "test"])
+def test_image_folder_refuses_to_test_on_images_that_are_trained_on(tmp_path, link):
+    write_images(tmp_path / "root" / "a", 3)
+    if link != "test":
+        write_images(tmp_path / "test" / "a", 3)
+        (tmp_path / "test" / "a" / "00.png").unlink()
+    target = tmp_path / "root" / {"test": "", "test/a/far": "a"}.get(link, "a/01.png")
+    (tmp_path / link).symlink_to(target)
+    with pytest.raises(ValueError, match=r"images of dataset\.test_root are in .*; keep each in"):
+        folder(tmp_path / "root", test_root=tmp_path / "test")
 
 
 @pytest.mark.parametrize("names", ["train", "Train Test", "train val test", "training dev"])
