@@ -17,20 +17,30 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import BaseTorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ._internal.graph import address_of
 from .counts import Counts, read_counts
 from .nets.neurons import check_net
 from .nets.report import table
+from ._internal import compat
+from ._internal.graph import storage_of
+from ._internal.neurons import check_net
+from ._internal.report import table
+from .acceleration.summary import norms_of
+from .ops.counts import Counts, read_counts
 
 _aten = torch.ops.aten
 _CONVOLUTION = _aten.convolution.default
 _MATMUL = (_aten.mm.default, _aten.bmm.default, _aten.addmm.default, _aten.baddbmm.default)
 _PRODUCTS = (_CONVOLUTION, *_MATMUL)
-#: torch's names of what compares or divides, and of products that are not taken apart
+#: torch's names of what compares or divides, of products that are not taken apart, of those of
+#: single values, and of their sums
 _NO_SUM = re.compile("softmax|max_pool")
-_UNKNOWN = re.compile(r"conv(?!ert)|(mm|mv|dot|addr|linear)_?$|attention|rnn|cdist")
+_UNKNOWN = re.compile(r"conv(?!ert)|(mm|mv|dot|addr|linear)_?$|attention|rnn|cdist|fft")
+_SINGLE = re.compile(r"(mul|div|addcmul|addcdiv|pow|glu|prod|cumprod)_?$")
+_SUMS = re.compile(r"(sum|mean|cumsum)_?$")
+#: what a tensor is made of: of nothing, of weights too, of an input too; and an input times weights
+_CONSTANT, _WEIGHT, _ACTIVATION, _WEIGHTED = range(4)
 _HEAD = ("layer", "operation", "reads", "ones", "additions", "macs", "energy_pj")
 
 
@@ -110,8 +120,9 @@ def binary(net: nn.Module) -> Iterator[BinaryReport]:
     so outputs are the net's to rounding, and nothing in it changes. It may be any net of torch.
     Counts are known by their values, in each call: whole numbers from 0 to 15, or these times one
     number. Larger and negative ones are real numbers. A product of two activations, as in
-    attention, is taken apart by both. There are no gradients; compiled nets run uncompiled, and
-    accelerated ones with plain norms and neurons.
+    attention, is taken apart by both. Parameters and buffers are weights until an activation is
+    written into them; what is made of weights alone is not counted. There are no gradients;
+    compiled nets run uncompiled, and accelerated ones with plain norms and neurons.
 
     Yields:
         A :class:`BinaryReport`, which grows with each call of the net.
@@ -143,45 +154,95 @@ class _Slices(TorchDispatchMode):
         self.report = BinaryReport()
         self.rows: dict[tuple[str, str, int], Operation] = {}
         self.running: list[tuple[str, Counter[str]]] = []  # modules, and what they have called
-        self.weights = {address_of(w) for w in (*net.parameters(), *net.buffers())}
-        self.made = WeakTensorKeyDictionary()  # tensors, and whether they are made of weights alone
+        weights = (*net.parameters(), *net.buffers())
+        self.kinds: dict[Any, int] = {storage_of(weight): _WEIGHT for weight in weights}
+        norms = dict(norms_of(net))
+        self.unlisted = {
+            path or "net"
+            for path, module in net.named_modules()
+            if path in norms or isinstance(module, compat.NEURONS)
+        }
 
     def enter(self, path: str, *_: Any) -> None:
         self.running.append((path, Counter()))
 
     def leave(self, *_: Any) -> None:
         self.running.pop()
+        if not self.running:
+            self.kinds = {key: kind for key, kind in self.kinds.items() if not key.expired()}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if not self.running:  # outside the net
             return func(*args, **kwargs)
-        output = (self.multiply if func in _PRODUCTS else self.look_at)(func, args, kwargs)
-        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        is_weight = bool(inputs) and all(map(self.is_weight, inputs))
-        for tensor in tree_leaves(output):
-            if isinstance(tensor, Tensor):
-                self.made[tensor] = is_weight
+        kinds = {min(self.kind_of(t), _ACTIVATION) for t in _tensors((args, kwargs))}
+        if kinds == {_WEIGHT}:  # could be computed once
+            output = func(*args, **kwargs)
+        elif func in _PRODUCTS:
+            output = self.multiply(func, args, kwargs)
+        else:
+            with self:  # what is made of other operations, and whole in inference mode
+                output = func.decompose(*args, **kwargs)
+            if output is not NotImplemented:
+                return output
+            self.look_at(func, args)
+            output = func(*args, **kwargs)
+        self.note(func, args, kwargs, output, max(kinds, default=_CONSTANT))
         return output
 
-    def is_weight(self, tensor: Tensor) -> bool:
-        """Whether it is a parameter or buffer, or made of those alone, as by autocast."""
-        return self.made.get(tensor, False) or address_of(tensor) in self.weights
+    def note(self, func: Any, args: Any, kwargs: Any, output: Any, kind: int) -> None:
+        """Keep the kind of what an operation of inputs of this kind has made, or written into."""
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            kind = _ACTIVATION
+        elif func is _aten.lift_fresh.default:  # a tensor of Python's numbers
+            kind = _CONSTANT
+        elif kind == _ACTIVATION and self.is_listed() and self.weights_in(_factors(func, args)):
+            kind = _WEIGHTED
+        arguments = func._schema.arguments
+        given = dict(zip((one.name for one in arguments), args, strict=False)) | kwargs
+        written = [one.name for one in arguments if one.alias_info and one.alias_info.is_write]
+        written = _tensors([given.get(name) for name in written])
+        for tensor in written:
+            self.kinds.pop(storage_of(tensor), None)
+        for tensor in _tensors((output, written)):
+            if key := storage_of(tensor):
+                self.kinds.setdefault(key, kind)  # that of a view is there
 
-    def look_at(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Run an operation that is no product, and report it if it is no sum, or not known."""
-        with self:  # what is made of other operations, and whole in inference mode
-            output = func.decompose(*args, **kwargs)
-        if output is not NotImplemented:
-            return output
-        name = func.__name__.partition(".")[0]
+    def kind_of(self, tensor: Tensor) -> int:
+        """What a tensor is made of, by its storage: a net may write into its parts."""
+        return self.kinds.get(storage_of(tensor), _ACTIVATION)
+
+    def is_listed(self) -> bool:
+        """Whether nothing runs whose products of single values are its own: norms and neurons."""
+        return not any(path in self.unlisted for path, _ in self.running)
+
+    def weights_in(self, factors: list[Tensor]) -> bool:
+        """Whether among factors are real weights, not one for all."""
+        fixed = [t for t in factors if self.kind_of(t) < _ACTIVATION and t.numel() > 1]
+        return not all(read_counts(weight).are_few for weight in fixed)
+
+    def look_at(self, func: Any, args: Any) -> None:
+        """Report an operation that is no product if it is no sum, or not known."""
+        name = _name(func)
         if _NO_SUM.search(name) and self.rows:
             levels = read_counts(args[0]).levels
             if levels > 1 or "softmax" in name:  # the largest of spikes is a spike
                 self.row(name, [levels])
-        elif _UNKNOWN.search(name):
+        elif _UNKNOWN.search(name) or (self.is_listed() and self.multiplies(func, args)):
             self.row(f"{name}, not counted", [math.inf])
-        return func(*args, **kwargs)
+
+    def multiplies(self, func: Any, args: Any) -> bool:
+        """Whether single values are multiplied that are real, or as a part of a product."""
+        if _SUMS.match(_name(func)):
+            return self.kind_of(_tensors(args)[0]) == _WEIGHTED
+        factors = _factors(func, args)
+        read = [t for t in factors if self.kind_of(t) >= _ACTIVATION]
+        if read and self.weights_in(factors):  # each value by many of them, as an outer product
+            size = torch.broadcast_shapes(*(t.shape for t in factors)).numel()
+            return size > max(t.numel() for t in read)
+        real = [t for t in read if t.is_floating_point() and not read_counts(t).are_few]
+        least = 2 if _name(func).startswith(("mul", "div", "add")) else 1
+        return bool(self.rows) and len(real) >= least
 
     def multiply(self, func: Any, args: Any, kwargs: Any) -> Tensor:
         """Compute a product, and what is added to it, by slices of the counts that it reads."""
@@ -193,10 +254,17 @@ class _Slices(TorchDispatchMode):
         def times(x: Tensor, y: Tensor) -> Tensor:
             return func(x, y, None, *how) if func is _CONVOLUTION else torch.matmul(x, y)
 
-        read = [not self.is_weight(a) or self.is_weight(b), not self.is_weight(b)]
+        name, kinds = _name(func), (self.kind_of(a), self.kind_of(b))
+        if kinds == (_WEIGHT, _WEIGHT):
+            return func(*args, **kwargs)
+        if sparse := {t.layout for t in (a, b)} - {torch.strided}:
+            self.row(f"{name} of {sparse.pop()}, not counted", [math.inf])
+            return func(*args, **kwargs)
+        # A constant times weights may be the net's input.
+        read = [kind >= _ACTIVATION or max(kinds) <= _WEIGHT != kind for kind in kinds]
         x, y = (read_counts(t) if r else Counts(t) for t, r in zip((a, b), read, strict=True))
         levels = [c.levels for c, r in zip((x, y), read, strict=True) if r]
-        row = self.row(func.__name__.partition(".")[0], levels)
+        row = self.row(name, levels)
         counts = [c for c in (x, y) if c.are_few]
         if not counts:
             from torch.utils.flop_counter import flop_registry  # which import sj_taid needs not
@@ -227,3 +295,17 @@ class _Slices(TorchDispatchMode):
         row = self.rows[key]
         row.levels = [*map(max, row.levels, levels)]
         return row
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
+
+
+def _name(func: Any) -> str:
+    return func.__name__.partition(".")[0]
+
+
+def _factors(func: Any, args: Any) -> list[Tensor]:
+    """What an operation multiplies value by value, or divides by."""
+    name = _name(func)
+    return _tensors(args)[name.startswith("addc") :] if _SINGLE.match(name) else []

@@ -35,6 +35,8 @@ class Counts(NamedTuple):
 def read_counts(x: Tensor) -> Counts:
     """The counts in ``x``, if all its values are whole numbers from 0 to 15, or such times one.
 
+    A single number that is not whole, and what in 16 bits may as well be chance, is real.
+
     >>> read_counts(torch.tensor([0.0, 0.75, 0.25]))
     Counts(values=tensor([0., 3., 1.]), levels=3, factor=0.25)
     >>> read_counts(torch.tensor([3.14, 1.0])).levels
@@ -50,10 +52,21 @@ def read_counts(x: Tensor) -> Counts:
     wide = x if x.itemsize > 2 else x.float()
     least = float(wide[wide > 0].min())
     of_least = range(1, int((LARGEST_COUNT + 0.5) * least / most) + 1)
-    for factor in (1.0, *(least / count for count in of_least)):
+    factors = [least / count for count in of_least]
+    if x.itemsize <= 2:  # near a multiple of each other as any few numbers are
+        factors = [least, *(1 / n for n in range(2, LARGEST_COUNT + 2))]
+    # Each was rounded twice at most, and but once where few bits are left.
+    bound = torch.finfo(x.dtype).eps * (2 if x.itemsize > 2 else 1)
+    for factor in (1.0, *(factors if x.numel() > 1 else ())):
         values = (wide / factor).round()
-        # Each was rounded twice at most.
-        equal = (values * factor - wide).abs() <= 2 * torch.finfo(x.dtype).eps * wide
-        if values.max() <= LARGEST_COUNT and equal.all():
+        equal = (values * factor - wide).abs() <= bound * wide
+        if values.max() <= LARGEST_COUNT and equal.all() and _is_sure(x, values, factor):
             return Counts(values.to(x.dtype), int(values.max()), factor)
     return Counts(x)
+
+
+def _is_sure(x: Tensor, values: Tensor, factor: float) -> bool:
+    """Whether ``x`` of 16 bits is ``factor * values`` to the bit, or has all counts to its most."""
+    if x.itemsize > 2 or torch.equal((values * factor).to(x.dtype), x):
+        return True
+    return factor != 1.0 and values[values > 0].unique().numel() == values.max()

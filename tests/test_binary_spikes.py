@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sj_taid import ALIFNode, accelerate, binary, fresh_state
+from sj_taid.ops.counts import read_counts
 
 from . import zoo
 
@@ -117,6 +118,13 @@ READS = {
     "two and three halves": (torch.tensor([[1.0, 1.5, 0.0, 0.0]]), 3),
     "times a third": (UP_TO_15 * (1 / 3), 15),
     "bfloat16": (UP_TO_15.bfloat16() * 0.3, 15),
+    "bfloat16, some": (torch.tensor([[0.0, 1.25, 0.5, 0.25]]).bfloat16(), 5),
+    "bfloat16, sevenths": ((torch.tensor([[0.0, 5.0, 3.0, 2.0]]) / 7).bfloat16(), 5),
+    "bfloat16, near": (torch.tensor([[0.3, 0.6, 0.91, 1.2]]).bfloat16(), INF),
+    "bfloat16, near whole": (torch.tensor([[1.0, 2.0, 3.02, 4.0]]).bfloat16(), INF),
+    "half, near": (torch.tensor([[0.3, 0.6004, 1.5003, 1.2]]).half(), INF),
+    "one number": (torch.tensor([[0.37]]), INF),
+    "one count": (torch.tensor([[3.0]]), 3),
     "dropped out": (F.dropout(torch.ones(8, 4), 0.3), 1),
     "averages": (F.avg_pool1d(torch.ones(4, 16).tril(), 4), 4),
     "negative": (-torch.eye(4), INF),
@@ -128,7 +136,7 @@ READS = {
 @pytest.mark.parametrize("name", READS)
 def test_reads(name):
     x, levels = READS[name]
-    net = nn.Linear(4, 3).to(x.dtype)
+    net = nn.Linear(x.shape[1], 3).to(x.dtype)
     with binary(net) as report:
         got = net(x)
     (row,) = report.rows
@@ -140,6 +148,146 @@ def test_reads(name):
     else:  # torch's own call
         assert torch.equal(got.nan_to_num(), net(x).nan_to_num())
         assert (row.additions, row.macs) == (0, 3 * x.numel())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_few_real_numbers_are_no_counts(dtype):
+    torch.manual_seed(0)
+    taken = [read_counts((torch.rand(1, 5) + 0.1).to(dtype)).are_few for _ in range(300)]
+    assert not any(taken)
+
+
+class Own(nn.Module):
+    """A function of an input and this module, which has a weight, a buffer and a mask."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+        self.weight = nn.Parameter(torch.randn(6, 6))
+        self.register_buffer("cache", torch.zeros(6, 6))
+        self.register_buffer("mask", torch.ones(6, 6).tril())
+
+    def forward(self, x):
+        return self.function(x, self)
+
+
+def write(x, net, how):
+    how(net.cache, x)
+    return x @ net.cache.t()
+
+
+WRITTEN = {
+    "copied": lambda k, x: k.copy_(x),
+    "by rows": lambda k, x: [k[i].copy_(row) for i, row in enumerate(x)],
+    "indexed": lambda k, x: k.__setitem__(slice(0, 6), x),
+    "put": lambda k, x: k.index_copy_(0, torch.arange(6), x),
+    "added": lambda k, x: k.zero_().add_(x),
+    "out": lambda k, x: torch.mul(x, 1.0, out=k),
+    "foreach": lambda k, x: torch._foreach_copy_([k], [x]),
+    "data": lambda k, x: k.data.copy_(x),
+}
+
+
+@pytest.mark.parametrize("how", WRITTEN)
+@pytest.mark.parametrize("inference", [False, True])
+def test_buffer_that_an_activation_was_written_into_is_one(how, inference):
+    """In each call, since another may have read it before."""
+    net, x = Own(lambda x, net: write(x, net, WRITTEN[how])), counts(6, 6, most=1).float()
+    with binary(net) as report, torch.inference_mode(inference):
+        for _ in range(2):
+            assert torch.equal(net(x), x @ x.t())
+    (row,) = report.rows
+    assert (row.additions, row.ones) == (2 * (x @ x.t()).sum(), 2 * 2 * x.sum())
+
+
+def lora(x, net):
+    return x @ (net.weight + net.weight[:, :2] @ net.mask[:2])
+
+
+FIXED = {
+    "weight": lambda x, net: x @ net.weight,
+    "made mask": lambda x, net: x @ net.weight.masked_fill(torch.ones(6, 6).tril() == 0, 0),
+    "mask by hand": lambda x, net: x @ (net.weight * torch.tensor([1.0, 0, 1, 1, 0, 0])),
+    "buffer": lambda x, net: x @ torch.where(net.mask > 0, net.weight, 0.0),
+    "drawn into zeros": lambda x, net: x @ torch.zeros(6, 6).to(x).copy_(net.weight),
+    "weights of weights": lora,
+    "spectral norm": lambda x, net: F.linear(x, net.norm.weight),
+    "spectral norm of old": lambda x, net: net.old(x),
+    "a view of a cache that weights were written into": lambda x, net: (
+        x @ net.cache.copy_(net.weight).t()
+    ),
+    "bool mask, in place": lambda x, net: x @ net.weight.clone().masked_fill_(net.mask == 0, 0),
+}
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_what_is_made_of_weights_is_weights(name):
+    net, x = Own(FIXED[name]).eval(), counts(4, 6)
+    net.norm = nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6, bias=False))
+    net.old = nn.utils.spectral_norm(nn.Linear(6, 6, bias=False))
+    net = nn.Sequential(net.double().eval())
+    want = net(x)
+    with binary(net) as report:
+        got = net(x)
+    torch.testing.assert_close(got, want.detach())
+    (row,) = report.rows
+    assert (row.levels, row.additions, row.macs) == ([4], 6 * x.sum(), 0)
+
+
+@pytest.mark.parametrize("how", ["random", "constant"])
+def test_input_that_the_net_makes_is_read(how):
+    made = {"random": lambda: torch.rand(3, 6).round(), "constant": lambda: torch.ones(3, 6)}[how]
+    with binary(net := Own(lambda x, net: made() @ net.weight)) as report:
+        net(None)
+    assert [row.levels for row in report.rows] == [[1]]
+
+
+class RMSNorm(nn.Module):
+    def forward(self, x):
+        return x / x.square().mean(-1, keepdim=True).sqrt()
+
+
+#: functions of real numbers x, spikes s and a module, and what is then named
+NAMED = {
+    "gate": (lambda x, s, net: x * x.sigmoid(), "mul"),
+    "in place": (lambda x, s, net: x.clone().mul_(x), "mul_"),
+    "divided": (lambda x, s, net: x / (1 + x.abs()), "div"),
+    "fused": (lambda x, s, net: torch.addcmul(s, x, x), "addcmul"),
+    "squared": (lambda x, s, net: x**2, "pow"),
+    "glu": (lambda x, s, net: F.glu(x), "glu"),
+    "by their mean": (lambda x, s, net: x * x.abs().mean(), "mul"),
+    "outer": (lambda x, s, net: x[..., None] * net.weight, "mul"),
+    "outer, of spikes": (lambda x, s, net: s[..., None] * net.weight, "mul"),
+    "by columns": (lambda x, s, net: s[:, :1] * net.weight[0], "mul"),
+    "summed": (lambda x, s, net: (s * net.weight[0]).sum(-1), "sum"),
+    "averaged": (lambda x, s, net: (x * net.weight[0]).view(-1, 3).mean(1), "mean"),
+    "sparse": (lambda x, s, net: s.to_sparse_csr() @ net.weight, "mm of torch.sparse_csr"),
+    "sparse coo": (lambda x, s, net: s.to_sparse() @ net.weight, "mm of torch.sparse_coo"),
+    "bilinear": (lambda x, s, net: F.bilinear(s, s, net.weight[None]), "_trilinear"),
+    "fourier": (lambda x, s, net: torch.fft.rfft(s).real, "_fft_r2c"),
+    "by weights": (lambda x, s, net: (x * net.weight[0] + net.weight[1]).sum(-1), None),
+    "by one": (lambda x, s, net: (x * net.weight[0, 0]).sum(-1), None),
+    "by a mask": (lambda x, s, net: (x * net.mask[0]).sum(-1), None),
+    "by spikes": (lambda x, s, net: (x * (1 - s)).sum(-1), None),
+    "by a number": (lambda x, s, net: 0.5 * x / 3, None),
+    "norm": (lambda x, s, net: net.own(x), None),
+    "neuron": (lambda x, s, net: net.node(x), None),
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_products_of_single_values_are_named_where_no_norm_or_neuron_has_them(name):
+    function, named = NAMED[name]
+    net, s = Own(lambda x, net: function(net.first(x), x, net)), counts(5, 6, most=1).float()
+    net.first, net.own, net.node = nn.Linear(6, 6), RMSNorm(), neuron.QIFNode()
+    want = net(s).detach()
+    functional.reset_net(net)
+    with binary(net) as report:
+        got = net(s)
+    torch.testing.assert_close(got, want)
+    operations = [row.operation for row in report.not_spiking]
+    assert [*dict.fromkeys(operations)][-1:] == ([f"{named}, not counted"] if named else [])
+    assert report.rows[0].levels == [1] and ("not spike-driven" in str(report)) == bool(named)
 
 
 # ---- nets ----

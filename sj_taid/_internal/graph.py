@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _python_dispatch
 
 #: the base of ``Tensor`` with the attributes that C++ defines
@@ -90,6 +91,14 @@ def address_of(tensor: Tensor) -> int:
         return tensor.untyped_storage().data_ptr()
     except (NotImplementedError, RuntimeError):
         return 0
+
+
+def storage_of(tensor: Tensor) -> StorageWeakRef | None:
+    """A key of the tensor's storage, which no later one has; ``None`` of a sparse tensor."""
+    try:
+        return StorageWeakRef(tensor.untyped_storage())
+    except (NotImplementedError, RuntimeError):
+        return None
 
 
 def is_one_storage(tensor: Tensor, other: Tensor) -> bool:
