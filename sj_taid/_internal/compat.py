@@ -41,7 +41,11 @@ def why_not_plain(node: nn.Module) -> str | None:
     """
     kind = kind_of(node)
     if kind is None:
-        return "not a LIF, PLIF or IF neuron"
+        its = type(node)
+        return (
+            f"not a LIF, PLIF or IF of SpikingJelly's, but {its.__module__}.{its.__qualname__}; "
+            f"swap_neurons(net, replace={{{its.__name__}: ...}}) gives it a successor"
+        )
     own = {name for c in type(node).__mro__ if c not in kind.__mro__ for name in vars(c)}
     names = {name for name in own if name[:2] != "__" or name == "__call__"}
     known = {*dir(kind), *inspect.signature(kind).parameters, *HOOKS}

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from spikingjelly.activation_based import functional
+from spikingjelly.activation_based import functional, surrogate
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -38,7 +38,9 @@ class Acceleration:
         rows: a :class:`~sj_taid.nets.convert.Row` for each neuron and norm.
         saved_bytes: bytes saved for backward, before and after, if there was an example input;
             not that input itself, nor parameters and buffers.
-        step_ms: milliseconds of a training step, before and after: the least of turns.
+        step_ms: milliseconds of a training step, before and after: the least of turns. Without a
+            GPU they are time of the processor, summed over threads: a busy machine adds nothing.
+        on_gpu: whether the step ran on one.
         counting: the modules that are no neurons of SpikingJelly's, but make counts of their input
             in the example: path -> class.
     """
@@ -47,6 +49,7 @@ class Acceleration:
     head: str
     saved_bytes: tuple[int, int] | None = None
     step_ms: tuple[float, float] | None = None
+    on_gpu: bool = False
     counting: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -54,7 +57,8 @@ class Acceleration:
         if self.saved_bytes and self.step_ms:
             (old_bytes, new_bytes), (old, new) = self.saved_bytes, self.step_ms
             equal = abs(new - old) <= _NOISE * old
-            step = "no difference measurable" if equal else f"{old:.4g} -> {new:.4g} ms"
+            of = "" if self.on_gpu else " of processor time"
+            step = "no difference measurable" if equal else f"{old:.4g} -> {new:.4g} ms{of}"
             saved = f"{old_bytes / 1e6:.3g} -> {new_bytes / 1e6:.3g} MB"
             lines.append(f"saved for backward {saved}, step {step}")
         lines.append(table_of(_merge(self.rows)))
@@ -144,7 +148,9 @@ def measure(plain: nn.Module, fast: nn.Module, inputs: Any) -> tuple[Any, dict[s
         turns = [[run_step(net, inputs)[1] for net in (plain, fast)] for _ in range(_STEPS)]
         saved_bytes = tuple(run_step(net, inputs, True)[0] for net in (plain, fast))
     step_ms = tuple(map(min, zip(*turns[_WARM:], strict=True)))
-    return readers, {"saved_bytes": saved_bytes, "step_ms": step_ms, "counting": counting}
+    on_gpu = any(tensor.is_cuda for tensor in _tensors_of(plain, inputs))
+    figures = {"saved_bytes": saved_bytes, "step_ms": step_ms, "on_gpu": on_gpu}
+    return readers, figures | {"counting": counting}
 
 
 def find_readers(net: nn.Module, inputs: Any) -> dict[str, dict[str, bool]]:
@@ -185,10 +191,13 @@ def _find_counting(net: nn.Module, inputs: Any) -> dict[str, str]:
                 found[path] = type(module).__name__
 
     known = "torch", "spikingjelly", "sj_taid"
+    parts = {part for site in find_neurons(net) for part in site.node.modules()}
+    parts |= {m for m in net.modules() if isinstance(m, surrogate.SurrogateFunctionBase)}
     own = {
         path: module
         for path, module in net.named_modules()
-        if type(module).__module__.partition(".")[0] not in known and not find_neurons(module)
+        if type(module).__module__.partition(".")[0] not in known
+        and not (module in parts or find_neurons(module))
     }
     _run_watched(net, inputs, own, note)
     return found
@@ -211,12 +220,19 @@ def run_step(net: nn.Module, inputs: Any, records: bool = False) -> tuple[int, f
             raise
         return [t.float().sum() for t in outputs if isinstance(t, Tensor) and t.requires_grad]
 
-    given = (*net.parameters(), *net.buffers(), *tree_leaves(inputs))
-    tensors = [tensor for tensor in given if isinstance(tensor, Tensor)]
-    start = time.perf_counter()
+    tensors = _tensors_of(net, inputs)
+    devices = {tensor.device for tensor in tensors if tensor.is_cuda}
+    clock = time.perf_counter if devices else time.process_time
+    start = clock()
     losses, saved_bytes = graph.record_saved(forward, tensors) if records else (forward(), 0)
     if losses:
         torch.stack(losses).sum().backward()
-    for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
+    for device in devices:
         torch.cuda.synchronize(device)
-    return saved_bytes, 1e3 * (time.perf_counter() - start)
+    return saved_bytes, 1e3 * (clock() - start)
+
+
+def _tensors_of(net: nn.Module, inputs: Any) -> list[Tensor]:
+    """The tensors that are there before a step."""
+    given = (*net.parameters(), *net.buffers(), *tree_leaves(inputs))
+    return [tensor for tensor in given if isinstance(tensor, Tensor)]

@@ -1,13 +1,19 @@
 """The report of ``accelerate``: which norms it names, and what counts as saved for backward."""
 
+import time
+import warnings
+from dataclasses import replace
+
 import pytest
 import torch
-from spikingjelly.activation_based import functional, layer, neuron
+from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
 
 from sj_taid import accelerate
 from sj_taid.nets.summary import run_step
 from tests.nets.test_accelerate import images, make_net
+from sj_taid import accelerate, swap_neurons
+from sj_taid.nets.summary import Acceleration, run_step
 
 
 @pytest.mark.parametrize(
@@ -127,3 +133,63 @@ def test_the_report_ends_with_what_gives_counts_and_is_no_neuron():
     assert not accelerate(net).counting and "counts come" not in str(accelerate(net[-1:], x))
     with pytest.raises(ValueError, match=r"swap_neurons\(net, replace=.*docs/swap\.md"):
         accelerate(net[:-1], x)
+
+
+class Step(surrogate.SurrogateFunctionBase):
+    """A surrogate of a net's own, derived from SpikingJelly's or not."""
+
+    def __init__(self):
+        super().__init__(alpha=1.0)
+
+    def forward(self, x):
+        return surrogate.heaviside(x) + (x - x.detach())
+
+
+class PlainStep(nn.Module):
+    def forward(self, x):
+        return surrogate.heaviside(x) + (x - x.detach())
+
+
+class OwnLIF(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.step = Step()
+
+    def forward(self, x):
+        return self.step(x)
+
+
+@pytest.mark.parametrize("step", [Step, PlainStep])
+def test_a_surrogate_of_ones_own_is_a_part_of_its_neuron(step):
+    net = nn.Sequential(nn.Linear(6, 6), neuron.LIFNode(surrogate_function=step(), step_mode="m"))
+    report = accelerate(net, torch.randn(4, 5, 6) * 9)
+    assert not report.counting and "counts come" not in str(report)
+    net.append(nn.Sequential(nn.Linear(6, 6), OwnLIF()))
+    assert accelerate(net, torch.randn(4, 5, 6) * 9).counting == {"2.1": "OwnLIF"}
+
+
+def test_a_step_is_timed_by_the_processor_where_there_is_no_gpu():
+    net = nn.Sequential(nn.Linear(6, 6), neuron.LIFNode(step_mode="m"))
+    net[0].register_forward_pre_hook(lambda *_: time.sleep(0.2))  # as where others compute
+    assert run_step(net, torch.rand(4, 5, 6))[1] < 200
+    report = Acceleration((), "", (2, 1), (2.0, 1.0))
+    assert "step 2 -> 1 ms of processor time" in str(report)
+    assert "step 2 -> 1 ms\n" in str(replace(report, on_gpu=True))
+
+
+class PLIFNode(neuron.BaseNode):
+    """A neuron of a net's own."""
+
+    def neuronal_charge(self, x):
+        self.v = self.v + 0.5 * x
+
+
+def test_a_neuron_of_another_class_is_named_with_the_remedy():
+    net = nn.Sequential(nn.Linear(6, 6), neuron.LIFNode(step_mode="m"), PLIFNode(step_mode="m"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # 2.x does not call neuronal_charge
+        reports = accelerate(net), swap_neurons(net, filter=lambda *_: False)
+    for report in reports:
+        note = report.rows[1].note
+        assert note.startswith(f"not a LIF, PLIF or IF of SpikingJelly's, but {__name__}.PLIFNode;")
+        assert note.endswith("swap_neurons(net, replace={PLIFNode: ...}) gives it a successor")
