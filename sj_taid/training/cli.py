@@ -8,10 +8,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 import re
+import shlex
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -24,15 +26,18 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
+from yaml import YAMLError
 
 from .._internal.extras import REMEDY, TRAIN, needs
-from .config import CONF, VERSION, key_of, keys_there
+from .config import CONF, VERSION, Folders, argument, key_of, keys_there, options_of
 
 #: what a user's error is, whose message is enough
 USER_ERRORS = (
     *(ValueError, TypeError, OSError, FloatingPointError),
-    *(HydraException, OmegaConfBaseException),
+    *(HydraException, OmegaConfBaseException, YAMLError),
 )
+#: what Lightning says of a metric that EarlyStopping names and nothing logs
+NOT_LOGGED = "Early stopping conditioned on metric"
 
 
 def main(command: str, arguments: Sequence[str]) -> None:
@@ -64,7 +69,8 @@ def main(command: str, arguments: Sequence[str]) -> None:
         if keys & {"-m", "--multirun"}:
             end_workers_with_sweep()
         sys.argv[1:] = arguments
-        hydra.main(CONF, command, VERSION)(run_job)()
+        with explain_sweep(command, arguments):
+            hydra.main(CONF, command, VERSION)(run_job)()
     except Exception as error:
         if before == "1" or not is_users(error):
             raise
@@ -77,6 +83,26 @@ def find_main(command: str) -> Any:
     """The function of a command, from its module."""
     with needs(TRAIN):
         return import_module(f"{__package__}.{command}").main
+
+
+@contextmanager
+def explain_sweep(command: str, arguments: Sequence[str]) -> Iterator[None]:
+    """Say of an interrupt of a sweep how it goes on, which its job does not know."""
+    Folders.folder = Folders.made = Folders.sweep = None
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as stopped:
+        if not Folders.sweep:
+            raise
+        words = [*map(shlex.quote, arguments)]
+        if "hydra.sweep.dir" not in map(key_of, arguments):  # its name has the time
+            # among the overrides, which Hydra takes in one row alone
+            place = next(
+                (i for i, word in enumerate(arguments) if re.match("[+~]|\\w.*=", word)), 0
+            )
+            words.insert(place, argument("hydra.sweep.dir", Folders.sweep))
+        line = " ".join(["sj-taid", command, *words])
+        raise type(stopped)(f"Stopped. Go on with the sweep by: {line}") from stopped
 
 
 def end_workers_with_sweep() -> None:
@@ -101,7 +127,8 @@ def end_with_parent() -> None:
 def is_users(error: Exception) -> bool:
     """Whether it is an error that a user makes, whose message is enough."""
     lightnings = type(error).__name__ == "MisconfigurationException"  # not imported for a typo
-    return isinstance(error, USER_ERRORS) or lightnings or REMEDY in str(error)
+    told = any(words in str(error) for words in (REMEDY, NOT_LOGGED))
+    return isinstance(error, USER_ERRORS) or lightnings or told
 
 
 def format_error(error: Exception, command: str = "train") -> str:
@@ -114,15 +141,39 @@ def format_error(error: Exception, command: str = "train") -> str:
     text = str(error).partition("\nConfig search path")[0]
     if "in DataLoader worker" in text:  # the error itself is behind the worker's traceback
         text = re.split(r"\n  File .*(?:\n    .*)*\n", text)[-1].strip()
-    if found := re.match("Could not override '([^']+)'", text):
-        text = keys_there(command, sys.argv[1:], found[1])
-    if text.startswith("Config group override must be a string"):
-        keys = [key_of(word) for word in sys.argv[1:] if word.endswith("=null")]
-        if groups := [f"~{key}" for key in keys if key in ("callbacks", "logger", "metric")]:
-            text = f"{' '.join(groups)} leaves a group out, =null does not"
-    if text.startswith("Missing mandatory value: checkpoint"):
-        text = "checkpoint= is missing: give the folder of a run, as checkpoint=runs/1"
-    if "No supported gpu backend" in text:
-        text = "no GPU is found: leave trainer=gpu or accelerator= out; see `sj-taid doctor`"
+    if isinstance(error, YAMLError):
+        text = f"a config is no YAML: {' '.join(text.split())}; mend it there"
+    elif isinstance(error, OSError) and is_for_runs(error):
+        text += "; choose another folder: hydra.run.dir=..., of a sweep hydra.sweep.dir=..."
+    else:
+        text = explain(text, command)
     hint = ["(HYDRA_FULL_ERROR=1 shows the traceback)"] if command != "compare" else []
     return "\n".join([text, *getattr(error, "__notes__", ()), *hint])
+
+
+def is_for_runs(error: OSError) -> bool:
+    """Whether the folder of the run or sweep cannot be made."""
+    if error.filename is None or Folders.folder is None:
+        return False
+    return Folders.folder.is_relative_to(Path(error.filename).absolute())
+
+
+def explain(text: str, command: str) -> str:
+    """An error's text, or where a library's says too little what is wrong and what to do."""
+    words = sys.argv[1:]
+    if found := re.match("Could not override '([^']+)'", text):
+        return keys_there(command, words, found[1])
+    if text.startswith("Config group override must be a string"):
+        keys = [key_of(word) for word in words if word.endswith("=null")]
+        if groups := [f"~{key}" for key in keys if key in ("callbacks", "logger", "metric")]:
+            return f"{' '.join(groups)} leaves a group out, =null does not"
+        for key in filter(options_of, keys):
+            return f"{key}=null is no choice; {key} has {', '.join(options_of(key))}"
+    found = re.match(r"(?:Interpolation key|Key) '(\w+)", text)
+    if found and f"~{found[1]}" in words and (names := ", ".join(options_of(found[1]))):
+        return f"~{found[1]} leaves out what the others need; {found[1]} has {names}"
+    if text.startswith("Missing mandatory value: checkpoint"):
+        return "checkpoint= is missing: give the folder of a run, as checkpoint=runs/1"
+    if "No supported gpu backend" in text:
+        return "no GPU is found: leave trainer=gpu or accelerator= out; see `sj-taid doctor`"
+    return text

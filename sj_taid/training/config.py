@@ -6,13 +6,15 @@ import hashlib
 import re
 import shlex
 from collections.abc import Sequence, Set
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import hydra
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from .._internal.build import find_class
@@ -96,11 +98,37 @@ def refuse_unknown(command: str, keys: Set[Any]) -> None:
         raise ValueError(f"the config has no {', '.join(map(str, unknown))}; there are {names}")
 
 
-class SweepEnd(Callback):
-    """Says at the end of a sweep how its runs become a table."""
+class Folders(Callback):
+    """Knows the folders of Hydra's job or sweep, and says how a sweep's runs become a table."""
+
+    folder: ClassVar[Path | None] = None
+    #: the outermost folder that it makes, which is not there before
+    made: ClassVar[Path | None] = None
+    #: of the sweep that has begun and not ended
+    sweep: ClassVar[str | None] = None
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        with suppress(OmegaConfBaseException):  # as of resume=, which is reported later
+            self.look(config.hydra.run.dir)
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        Folders.sweep = config.hydra.sweep.dir
+        self.look(config.hydra.sweep.dir)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        Folders.sweep = None
         print(f"A table of the runs: sj-taid compare {shlex.quote(config.hydra.sweep.dir)}")
+
+    def look(self, folder: str) -> None:
+        """Find which folders are not there yet."""
+        Folders.folder = path = Path(folder).absolute()
+        missing = [one for one in (path, *path.parents) if not one.exists()]
+        Folders.made = missing[-1] if missing else None
+
+
+def options_of(group: str) -> list[str]:
+    """The names of a group's choices; none if it is no group."""
+    return sorted(path.stem for path in Path(CONF, group).glob("*.yaml")) if group else []
 
 
 def key_of(override: str) -> str:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import yaml
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
@@ -19,6 +19,8 @@ from .._internal.build import build, is_below
 from .._internal.checks import expand_home
 from ..model.prepare import prepare
 from .config import CONFIG, flatten
+from ..pretrained import prepare
+from .config import CONFIG, Folders, flatten
 from .files import atomic_write
 
 ORIGIN = "origin.json"
@@ -30,6 +32,8 @@ LOG = "train.log"
 
 #: remedy for a folder that this run cannot use
 ELSEWHERE = "start a new run in another folder: hydra.run.dir=..., of a sweep hydra.sweep.dir=..."
+#: remedy for a file of a run that something has damaged
+RESTORE = "put back a copy of it, or move it away and give the run's command again"
 #: what may change when a run resumes, with all keys below
 RESUME_MAY_CHANGE = (
     "trainer.max_epochs",
@@ -87,7 +91,7 @@ class Run:
     def lock(self) -> Iterator[None]:
         """Keep other processes out of the folder, but for processes of the same distributed run.
 
-        A folder that was empty goes at the end, if nothing but a log was written in it.
+        A folder that this command made goes at the end, if nothing but a log was written in it.
 
         Raises:
             ValueError: another process is in it.
@@ -107,16 +111,23 @@ class Run:
             yield
         finally:
             if was_empty and {path.name for path in self.folder.iterdir()} <= {LOCK, LOG}:
-                with suppress(OSError, ValueError):  # a folder that holds others, or is elsewhere
-                    for name in (LOG, LOCK):
-                        (self.folder / name).unlink(missing_ok=True)
-                    os.removedirs(self.folder.absolute().relative_to(Path.cwd()))
+                for name in (LOG, LOCK):
+                    (self.folder / name).unlink(missing_ok=True)
+                remove_made(self.folder.absolute())
             lock.release()
 
     @property
     def config(self) -> DictConfig:
         """The config that the run was started with, with its interpolations."""
-        config: Any = OmegaConf.load(self.folder / CONFIG)
+        path = self.folder / CONFIG
+        with path.open("rb") as file:
+            tokens = yaml.scan(file)
+            alias = next((one.value for one in tokens if isinstance(one, yaml.AliasToken)), None)
+        if alias is not None:  # one within another would grow without end
+            raise ValueError(f"{path} has an alias, *{alias}, which no run writes; write it out")
+        config = OmegaConf.load(path)
+        if not isinstance(config, DictConfig):
+            raise ValueError(f"{path} must hold keys and values, not a list; put back a copy of it")
         return config
 
     def config_with(self, given: Mapping[str, Any]) -> DictConfig:
@@ -146,7 +157,7 @@ class Run:
     @property
     def origin(self) -> dict[str, Any]:
         """The choices and the command that the run was started with."""
-        return json.loads((self.folder / ORIGIN).read_text(encoding="utf-8"))
+        return _read_json(self.folder / ORIGIN, "choices", "overrides")
 
     def begin(self, config: str, origin: dict[str, Any]) -> None:
         """Save the config, and where it is from. A finished run is unfinished again."""
@@ -197,7 +208,7 @@ class Run:
         """The metrics of a finished run."""
         if not self.is_finished:
             raise FileNotFoundError(f"no {METRICS} in {self.folder}: finish the run first")
-        return json.loads((self.folder / METRICS).read_text(encoding="utf-8"))
+        return _read_json(self.folder / METRICS, "choices", "overrides")
 
     @property
     def latest_metrics(self) -> dict[str, Any]:
@@ -226,7 +237,7 @@ class Run:
         Those of a checkpoint that was replaced are left out. Without any checkpoint all count.
         """
         paths = sorted((self.folder / EVALUATIONS).glob("[0-9]*.json"))
-        found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+        found = [_read_json(path, "protocol", "metrics") for path in paths]
         runs = [Run(self.folder), Run(self.folder, self.best)] if found else []
         here = {run.checkpoint_sha256() for run in runs if run.checkpoint.is_file()}
         return [one for one in found if not here or one.get("checkpoint_sha256") in here]
@@ -264,6 +275,25 @@ def is_first_process() -> bool:
     from lightning.pytorch.utilities import rank_zero_only
 
     return rank_zero_only.rank == 0  # type: ignore[attr-defined]
+
+
+def remove_made(folder: Path) -> None:
+    """Remove an empty folder, and those around it, as far as this command has made them."""
+    with suppress(OSError):  # one that holds others
+        while Folders.made and folder.is_relative_to(Folders.made):
+            folder.rmdir()
+            folder = folder.parent
+
+
+def _read_json(path: Path, *keys: str) -> dict[str, Any]:
+    """What a run wrote, which has these keys."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read ({error}); {RESTORE}") from error
+    if missing := [key for key in keys if not isinstance(content, dict) or key not in content]:
+        raise ValueError(f"{path} must have {', '.join(missing)}, which a run writes; {RESTORE}")
+    return content
 
 
 def _write_json(content: dict[str, Any], path: Path) -> None:

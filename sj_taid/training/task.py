@@ -121,10 +121,12 @@ class Task(L.LightningModule):
             raise self._diverged("a parameter is not finite")
 
     def _diverged(self, what: str) -> FloatingPointError:
+        remedy = "a lower optimizer.lr, or with trainer.gradient_clip_val=1.0"
+        if self.trainer.precision == "16-true":  # in which Adam divides by 0
+            remedy = "trainer.precision=bf16-true or 16-mixed: 16-true rounds Adam's eps to 0"
         return FloatingPointError(
             f"{what} in epoch {self.current_epoch + 1}, after step {self.global_step}: the model "
-            "has diverged; train it in another folder with a lower optimizer.lr, or with "
-            "trainer.gradient_clip_val=1.0"
+            f"has diverged; train it in another folder with {remedy}"
         )
 
     def before_training(self, data: Any, evaluator: Evaluator | None) -> None:

@@ -17,6 +17,7 @@ from ..calibration import calibrate
 from ..pretrained import start_from
 from .callbacks import History, RandomNumbers, Stopwatch
 from .checkpoint import AtomicCheckpointIO, checkpoint_callbacks, read_checkpoint
+from .config import options_of
 from .evaluate import measure_run
 from .messages import closing_lines, explain_resuming, show_metrics
 from .parts import Parts, build_parts
@@ -29,6 +30,7 @@ from .process import (
     silence_notes,
 )
 from .run import RESUME_MAY_CHANGE, Run, is_first_process
+from .task import Task
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +73,9 @@ def train(cfg: DictConfig, folder: str | Path, **origin: Any) -> dict[str, Any]:
     task = parts.task
     if task.optimizer:  # tried before anything is written; Lightning makes its own
         task.optimizer(task.parameter_groups())
+    elif type(task).configure_optimizers is Task.configure_optimizers:
+        names = ", ".join(options_of("optimizer"))
+        raise ValueError(f"no optimizer is chosen, which training needs; optimizer= takes {names}")
     data = parts.load_data()
     timer = Stopwatch(parts.trainer.keywords.get("max_time"))  # a checkpoint keeps its seconds
     history = History(run.folder, parts.pictures)

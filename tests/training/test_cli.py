@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from itertools import pairwise
 
 import lightning as L
 import pytest
@@ -17,7 +18,7 @@ from torch._utils import ExceptionWrapper
 from sj_taid.__main__ import COMMANDS
 from sj_taid.training import cli, config, run
 from sj_taid.training.checkpoint import read_checkpoint
-from tests.training.conftest import UNMEASURED
+from tests.training.conftest import TINY_CLASSIFICATION, UNMEASURED
 
 
 @pytest.fixture
@@ -119,7 +120,42 @@ ERRORS = {
     "train feature_loss=classifier task=classification": "^feature_loss= is for task=generation",
     "train feature_loss=classifier dataset.classes=null": r"^feature_loss\.classes: input should",
     "train dataset=nmnist": "takes ImageData, but dataset=nmnist is Recordings; for recordings add",
+    "train trainer=null": "^trainer=null is no choice; trainer has default, gpu\n",
+    "train metric=grey loss=null": "^loss=null is no choice; loss has cross_entropy, mse, tet\n",
+    "train ~trainer": "^~trainer leaves out what the others need; trainer has default, gpu\n",
+    "train ~task": "^~task leaves out what the others need; task has classification, generation\n",
+    "train ~optimizer": "^no optimizer is chosen, which training needs; .* adam, adamw, sgd\n",
+    "train hydra.run.dir=file/x": r"file/x'; choose another folder: hydra\.run\.dir=\.\.\.,",
+    "train -m hydra.sweep.dir=file/x/y": r"file/x.*; choose another folder: hydra\.run\.dir=",
+    "train hydra.run.dir=empty seed=-1": "^seed: input should be greater",
+    "train hydra.run.dir=empty/new/a seed=-1": "^seed: input should be greater",
+    "train hydra.run.dir=new/a/b seed=-1": "^seed: input should be greater",
+    "train resume=tab": r"^a config is no YAML: .*'\\t' .*tab/config.yaml\", line 2,.*; mend it",
+    "evaluate checkpoint=tab": r"^a config is no YAML: .*'\\t' .*tab/config.yaml\", line 2,",
+    "train callbacks=tab --config-dir own": r"^a config is no YAML: .*own/callbacks/tab\.yaml",
+    "train resume=nested": r"nested/config\.yaml has an alias, \*a, .*; write it out",
+    "sample checkpoint=nested": r"nested/config\.yaml has an alias, \*a, .*; write it out",
+    "train resume=list": r"list/config\.yaml must hold keys and values, not a list; put back",
+    "compare {}": "^no finished run below {}; an interrupted",
+    "compare []": r"^no finished run below \[\]; an interrupted",
     f"train +callbacks.swa._target_={SWA}": "other weights than the saved ones; take",
+}
+
+
+NESTED = "".join(f"{new}: &{new} [{f'*{old}, ' * 9}]\n" for old, new in pairwise("abcdefghij"))
+ORIGIN = '{"choices": {}, "overrides": []}'
+#: what the folder holds in which they are given; a name that ends with / is an empty folder
+THERE = {
+    "file": "",
+    "empty/": "",
+    "tab/config.yaml": "seed: 0\n\tx: 1\n",
+    "own/callbacks/tab.yaml": "bar:\n\tx: 1\n",
+    "nested/config.yaml": f"a: &a [x, x]\n{NESTED}",
+    "list/config.yaml": "[]\n",
+    **{f"{text}/config.yaml": "seed: 0\n" for text in ("{}", "[]")},
+    **{f"{text}/metrics.json": text for text in ("{}", "[]")},
+    **{f"{run}/checkpoints/last.ckpt": "" for run in ("tab", "nested")},
+    **{f"{run}/origin.json": ORIGIN for run in ("tab", "nested", "list")},
 }
 
 
@@ -128,7 +164,10 @@ def test_cli_reports_a_users_error_without_a_traceback(
     sj_taid, tmp_path, monkeypatch, capsys, arguments, message
 ):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "file").touch()
+    for name, text in THERE.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).mkdir() if name[-1] == "/" else (tmp_path / name).write_text(text)
+    before = {*tmp_path.rglob("*")}
     with pytest.raises(SystemExit) as ended:
         sj_taid(*arguments.split())
     text = str(ended.value)
@@ -136,9 +175,29 @@ def test_cli_reports_a_users_error_without_a_traceback(
     said = capsys.readouterr()
     assert "-m seed" not in arguments or re.search(message, said.out)  # before the sweep's end
     assert "Traceback" not in said.err + text
-    left = {path.name for path in tmp_path.rglob("*") if path.is_file()}
-    assert left <= {"file", ".lock", "multirun.yaml"}
-    assert "-m" in arguments or not (tmp_path / "runs").exists()
+    new = {*tmp_path.rglob("*")} - before
+    assert before <= {*tmp_path.rglob("*")}
+    assert {path.name for path in new if path.is_file()} <= {".lock", "multirun.yaml"}
+    assert "-m" in arguments or all(path.is_file() for path in new)
+
+
+STOP = "+callbacks.stop={_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: nope}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([*UNMEASURED, "~logger", STOP], "^Early stopping .* `nope` .* `val/reconstruction`"),
+        (
+            [*TINY_CLASSIFICATION, "~logger", "neuron.backend=torch", "trainer.precision=16-true"],
+            "diverged; .* trainer.precision=bf16-true or 16-mixed: 16-true rounds",
+        ),
+    ],
+)
+def test_cli_reports_a_users_error_that_the_training_meets(sj_taid, tmp_path, arguments, message):
+    with pytest.raises(SystemExit, match=message) as ended:
+        sj_taid("train", *arguments, f"hydra.run.dir={tmp_path}")
+    assert len(str(ended.value).splitlines()) <= 3
 
 
 @pytest.mark.parametrize("command", ["evaluate", "sample"])
@@ -243,6 +302,30 @@ def test_interrupted_run_resumes_by_the_command_that_it_names(
     assert "Epoch" not in capsys.readouterr().out  # since these callbacks have no progress bar
     sj_taid(*again)
     assert "finished already" in capsys.readouterr().out and there.metrics == metrics
+
+
+def test_interrupted_sweep_goes_on_by_the_command_that_it_names(sj_taid, tmp_path, monkeypatch):
+    custom = tmp_path / "one's own" / "callbacks" / "mine.yaml"
+    custom.parent.mkdir(parents=True)
+    custom.write_text(text := f"ctrl_c:\n  _target_: {__name__}.CtrlC\n  epoch: 0\n")
+    monkeypatch.chdir(tmp_path)
+    sweep = ["train", "-m", "seed=0,1", *UNMEASURED, f"trust=[{__name__}.CtrlC]", "~logger"]
+    sweep += ["callbacks=mine", "--config-dir", str(custom.parents[1])]
+    commands = []
+    for again in (sweep, [*sweep[:2], "hydra.sweep.dir=there", *sweep[2:]]):
+        with pytest.raises(KeyboardInterrupt, match=r"^Stopped\. Go on with the sweep") as stopped:
+            sj_taid(*again)
+        words = shlex.split(str(stopped.value).partition(": sj-taid ")[2])
+        assert [word for word in words if word in again] == again
+        commands.append(words)
+    assert words == again
+    custom.write_text(text.replace("0", "9"))
+    for words in commands:
+        sj_taid(*words)
+    assert len([*tmp_path.rglob(run.METRICS)]) == 4  # in the folders of before
+    assert len({path.parents[1] for path in tmp_path.rglob(run.METRICS)}) == 2
+    with pytest.raises(KeyboardInterrupt, match=r"^4$"), cli.explain_sweep("train", []):
+        raise KeyboardInterrupt(4)  # of no sweep
 
 
 def test_resume_refuses_what_the_run_does_not_have(trained, sj_taid):

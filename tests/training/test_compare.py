@@ -81,7 +81,7 @@ def test_column_text_spreads_counts_that_differ():
 def test_compare_shows_mean_and_spread_over_seeds(runs, capsys):
     compare.main([str(runs)])
     shown = capsys.readouterr().out
-    assert "broken (Expecting" in shown and "unfinished: finish the run first" in shown
+    assert "cannot be read (Expecting" in shown and "unfinished: finish the run first" in shown
     written = (runs / "results.md").read_text()
     assert written in shown
     head, _, *rows = cells(written)

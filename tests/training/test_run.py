@@ -14,7 +14,7 @@ from sj_taid.nets.modules import AcceleratedNorm
 from sj_taid.training import Run, files, load_model
 from sj_taid.training import run as runs
 from sj_taid.training.checkpoint import read_checkpoint
-from sj_taid.training.config import compose
+from sj_taid.training.config import Folders, compose
 from sj_taid.training.files import _LogFile, atomic_write
 from sj_taid.training.parts import build_parts
 from tests.training.conftest import TINY_CLASSIFICATION, fit, write_images
@@ -34,27 +34,30 @@ def plain(cfg):
 
 
 @pytest.mark.parametrize(
-    ("before", "within", "left"),
+    ("made", "before", "within", "left"),
     [
-        (None, ["train.log"], None),  # a folder of its own, and those above it
-        (["train.log"], [], ["train.log"]),
-        (["notes.txt"], ["train.log"], ["notes.txt", "train.log"]),
-        (None, ["train.log", "config.yaml"], ["config.yaml", "train.log"]),
+        ("runs", None, "train.log", ""),  # a folder of its own, and those above it
+        ("runs/a", None, "train.log", "runs"),
+        (None, None, "train.log", "runs runs/a"),
+        ("runs", "train.log", "train.log", "runs runs/a runs/a/train.log"),
+        ("runs", "notes.txt", "train.log", "runs runs/a runs/a/notes.txt runs/a/train.log"),
+        ("runs", None, "config.yaml", "runs runs/a runs/a/config.yaml"),
     ],
 )
-def test_lock_removes_what_a_refusal_leaves_alone(tmp_path, monkeypatch, before, within, left):
+def test_lock_removes_what_a_refusal_leaves_alone(
+    tmp_path, monkeypatch, made, before, within, left
+):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Folders, "made", made and tmp_path / made)
     folder = tmp_path / "runs" / "a"
-    for name in before or ():
+    if before:
         folder.mkdir(parents=True)
-        (folder / name).write_text("mine")
+        (folder / before).write_text("mine")
     with pytest.raises(ValueError, match="refused"), Run("runs/a").lock():
-        for name in within:
-            (folder / name).touch()
+        (folder / within).touch()
         raise ValueError("refused")
-    assert (tmp_path / "runs").exists() == (left is not None)
-    names = {path.name for path in tmp_path.rglob("*") if path.is_file()} - {".lock"}
-    assert names == {*(left or ())}
+    paths = [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")]
+    assert {*paths} - {"runs/a/.lock"} == {*left.split()}
 
 
 def test_lock_admits_one_process_at_a_time(tmp_path, monkeypatch):
