@@ -18,16 +18,12 @@ from torch.overrides import BaseTorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ._internal.graph import address_of
+from ._internal import compat
+from ._internal.graph import storage_of
 from .counts import Counts, read_counts
 from .nets.neurons import check_net
 from .nets.report import table
-from ._internal import compat
-from ._internal.graph import storage_of
-from ._internal.neurons import check_net
-from ._internal.report import table
-from .acceleration.summary import norms_of
-from .ops.counts import Counts, read_counts
+from .nets.summary import norms_of
 
 _aten = torch.ops.aten
 _CONVOLUTION = _aten.convolution.default

@@ -14,8 +14,9 @@ FLOORS = """
     __init__
     pretrained
     model
+    binary_spikes
     nets
-    binary_spikes calibration optim
+    calibration optim
     monitoring state
     nets.neurons
     clock_driven layer nets.report neuron

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._internal import graph
 from .._internal.checks import check_sizes
 from .._internal.context import eval_mode
 from .block import Neuron, reset, spiking_block
@@ -97,7 +98,7 @@ class Prior(LatentNetwork):
         self._take_own_samples(z_previous, own_sample_probability)
         return self.run(z_previous)
 
-    @torch.compiler.disable  # which steps are replaced differs in each call: no single graph
+    @graph.outside_graphs  # which steps are replaced differs in each call: no single graph
     def _take_own_samples(self, z_previous: Tensor, probability: float | Tensor) -> None:
         own = torch.rand(len(z_previous) - 1) < probability
         own[: self.FIRST_OWN_SAMPLE] = False

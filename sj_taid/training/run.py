@@ -18,8 +18,6 @@ from torch import nn
 from .._internal.build import build, is_below
 from .._internal.checks import expand_home
 from ..model.prepare import prepare
-from .config import CONFIG, flatten
-from ..pretrained import prepare
 from .config import CONFIG, Folders, flatten
 from .files import atomic_write
 

@@ -9,11 +9,9 @@ import torch
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
 
-from sj_taid import accelerate
-from sj_taid.nets.summary import run_step
-from tests.nets.test_accelerate import images, make_net
 from sj_taid import accelerate, swap_neurons
 from sj_taid.nets.summary import Acceleration, run_step
+from tests.nets.test_accelerate import images, make_net
 
 
 @pytest.mark.parametrize(
