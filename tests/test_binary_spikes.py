@@ -6,13 +6,13 @@ import math
 
 import pytest
 import torch
-from sj_taid.counts import read_counts
 from spikingjelly.activation_based import functional, layer, neuron
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sj_taid import ALIFNode, accelerate, binary, fresh_state
+from sj_taid.counts import read_counts
 
 from . import zoo
 
