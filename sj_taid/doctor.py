@@ -43,6 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from .ops.alif.cuda import nvrtc_version
 
         print("NVRTC, as CuPy loaded it: {}.{}".format(*nvrtc_version))
+    if backends.works("numba"):
+        from .ops.alif.cpu.rows import cache_folder
+
+        print(f"compiled neurons are kept in {cache_folder() or 'no folder'}")
     passed, lines = zip(*map(check_backend, backends.BACKENDS), strict=True)
     print(*lines, sep="\n")
     return 0 if all(passed) else 1

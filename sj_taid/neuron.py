@@ -21,8 +21,9 @@ from ._internal.checks import (
     check_sizes,
     is_number,
 )
-from .fused_neuron import FusedNeuron
+from .fused_neuron import FusedNeuron, run_definition
 from .ops import backends
+from .ops.alif import reference
 from .ops.alif.plan import Charge
 from .ops.alif.reference import state_dtype
 from .ops.surrogate import MultiLevelSpikeCount, counts, levels_of
@@ -247,8 +248,36 @@ class ALIFNode(FusedNeuron, compat.BaseNode):
         self._check_recomputation(states[0])
         return states
 
-    def _taid_start(self, x_seq: Tensor) -> Tensor | float:
-        return self.materialize_states((x_seq,), (self.v,), "m")[0]
+    def step(self, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """One step of ``[N, *]`` in plain torch: the spikes or counts, and the next ``V``.
+
+        This is the definition, and what the loops of a CPU are made of.
+        """
+        return self._step(x, v, self.w, self.effective_v_threshold)
+
+    def _step(
+        self, x: Tensor, v: Tensor, w: Tensor | None, v_threshold: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return reference.step(
+            x,
+            v,
+            None if w is None else reference.per_channel(w.sigmoid(), x),
+            reference.per_channel(v_threshold, x),
+            decay_input=self.decay_input,
+            v_reset=self.v_reset,
+            surrogate_function=self.surrogate_function,
+            detach_reset=self.detach_reset,
+        )
+
+    @staticmethod
+    def _taid_step(copy: Any, x: Tensor, states: dict[str, Any]) -> Any:
+        # A call gives the bounded threshold: its gradient is bounded as a sum over all steps.
+        output, v = copy._step(x, states["v"], copy.w, copy.v_threshold)
+        return output, {"v": v}
+
+    def _taid_tensors(self) -> tuple[Tensor, ...]:
+        v_threshold = self.effective_v_threshold
+        return (v_threshold,) if self.w is None else (self.w, v_threshold)
 
     def single_step_functional_forward(
         self, inputs: tuple[Tensor, ...], states: tuple[Any, ...], **kwargs: Any
@@ -262,12 +291,17 @@ class ALIFNode(FusedNeuron, compat.BaseNode):
         self, inputs: tuple[Tensor, ...], states: tuple[Any, ...], **kwargs: Any
     ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
         """A sequence ``[T, N, *]`` with explicit state; nothing on the module changes."""
-        spike_seq, v, *_ = self._taid_run(inputs[0], states[0], False)
+        spike_seq, v, *_ = self._taid_run(inputs[0], {"v": states[0]}, False)
         return (self._scale(spike_seq),), (v,)
 
     def multi_step_forward(self, x_seq: Tensor) -> Tensor:
         """A sequence ``[T, N, *]`` from the state ``v``, which is updated."""
-        return self._scale(super().multi_step_forward(x_seq))
+        store_v_seq = self.store_v_seq
+        (v,) = self.materialize_states((x_seq,), (self.v,), "m")
+        spike_seq, self.v, v_seq = self._taid_run(x_seq, {"v": v}, store_v_seq)
+        if store_v_seq:
+            self.v_seq = v_seq
+        return self._scale(spike_seq)
 
     def _scale(self, spike_seq: Tensor) -> Tensor:
         return spike_seq / self.levels if self.normalize else spike_seq
@@ -292,10 +326,14 @@ class ALIFNode(FusedNeuron, compat.BaseNode):
             f"channels={self.channels}, step_mode={self.step_mode}, backend={self.backend}"
         )
 
-    def _taid_run(self, x_seq: Tensor, v: Any, *arguments: Any) -> tuple[Any, ...]:
-        results = super()._taid_run(x_seq, v, *arguments)
+    def _taid_run(
+        self, x_seq: Tensor, states: dict[str, Any], store_v_seq: bool
+    ) -> tuple[Any, ...]:
+        results: Any = super()._taid_run(x_seq, states, store_v_seq)
+        if results is None:  # its step is not read, as of a surrogate with hooks
+            results = run_definition(self, x_seq, states, store_v_seq, backend="torch")
         if self.w is None:
-            return results[0], v, *results[2:]
+            return results[0], states["v"], *results[2:]
         if not torch.compiler.is_compiling():
             self.__dict__["_end"] = id(results[1]), graph.recomputation()
         return results

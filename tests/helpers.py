@@ -222,10 +222,10 @@ def sizes_of_sums(case: Case, leaves: Leaves) -> dict[str, Tensor]:
     """
     leaves = {name: leaf.detach().double() for name, leaf in leaves.items()}
     x, norm = leaves["x"], norm_of(case, leaves)
-    every = {n: reference.per_channel(leaves[n], x).expand_as(x) for n in ("w", "v_threshold")}
+    every = {n: reference.per_channel(leaves[n], x[0]).expand_as(x) for n in ("w", "v_threshold")}
     if norm is not None:
         every["x"], *moments = batch_norm(x, norm)
-        mean, rstd = (reference.per_channel(t, x) for t in moments)
+        mean, rstd = (reference.per_channel(t, x[0]) for t in moments)
     every = {n: t.clone().requires_grad_() for n, t in (leaves | every).items()}
     plain = case.with_(norm=None, pack=False, moved=False)
     terms = results(step_by_step, plain, every)

@@ -161,19 +161,23 @@ def test_copies_within_a_graph_are_independent(duplicate, compiled):
     assert twin.w is not node.w
 
 
-@pytest.mark.filterwarnings("ignore:backend .* cannot take this call.* has hooks")
+@pytest.mark.filterwarnings("ignore:.* is not fused.* with hooks")
 @pytest.mark.parametrize("kind", [ALIFNode, neuron.LIFNode])
 def test_a_hook_on_the_surrogate_is_called_whenever_it_came(kind):
-    net, x_seq = nn.Sequential(kind(step_mode="m", surrogate_function=surrogate.ATan())), inputs()
+    node, x_seq = kind(step_mode="m", surrogate_function=surrogate.ATan()), inputs()
+    net, plain, seen = nn.Sequential(copy.deepcopy(node)), nn.Sequential(node), []
     accelerate(net)
-    spikes, seen = net(x_seq), []
-    handle = net[0].surrogate_function.register_forward_hook(lambda *_: seen.append(1))
-    functional.reset_net(net)
-    torch.testing.assert_close(net(x_seq) + 0, spikes + 0)
-    assert len(seen) == len(x_seq)
-    handle.remove()
+    spikes = net(x_seq)
+    for each in (plain, net):
+        handle = each[0].surrogate_function.register_forward_hook(lambda *_: seen.append(1))
+        functional.reset_net(each)
+        torch.testing.assert_close(each(x_seq) + 0, spikes + 0)
+        handle.remove()
+        seen.append(0)
+    calls = seen.index(0)  # SpikingJelly 2.x's LIF calls none
+    assert calls in (0, len(x_seq)) and seen == ([1] * calls + [0]) * 2
     net(x_seq)
-    assert len(seen) == len(x_seq)
+    assert len(seen) == 2 * calls + 2
 
 
 def test_repr_shows_parameters_and_options():

@@ -3,10 +3,10 @@
     python experiments/benchmark/host.py
 
 writes ``host.csv``: forward and backward of a norm and a LIF, and of a LIF alone, in layers of
-several sizes; and training steps and forwards without gradients of small nets in the idioms of
-published ones. Each system takes turns with its rival, ``plain`` first; times are medians of the
-process's CPU time and of wall time, and ratios are of CPU time. Layers below a million values run
-on one thread.
+several sizes; of other neurons of SpikingJelly's; and training steps and forwards without gradients
+of small nets in the idioms of published ones. Each system takes turns with its rival, ``plain``
+first; times are medians of the process's CPU time and of wall time, and ratios are of CPU time.
+Layers below a million values run on one thread.
 """
 
 import time
@@ -30,6 +30,12 @@ LAYERS = {
     (4, 2, 64, 16, 16): 200,
     (8, 32, 128, 14, 14): 20,
 }
+#: neurons that are known by their steps alone, and a sequence below a million values
+NEURONS = (
+    *("KLIFNode", "RAFNode", "TernaryIFNode", "TernaryLIFNode", "QIFNode", "EIFNode"),
+    *("ComplementaryLIFNode", "CUBALIFNode", "IzhikevichNode"),
+)
+SEQUENCE = (8, 20, 32, 14, 14)
 #: values from which all threads compute
 LARGE = 1 << 20
 OPTIONS = {"step_mode": "m", "surrogate_function": surrogate.ATan(), "detach_reset": True}
@@ -58,6 +64,8 @@ def cases(nets: Sequence[str]) -> Iterator[tuple[str, Sequence[int], Systems, in
     for shape, turns in LAYERS.items():
         yield "norm and LIF", shape, norm_and_neuron(shape), turns
         yield "LIF", shape, neuron_alone(shape), turns
+    for name in NEURONS:
+        yield name, SEQUENCE, neuron_alone(SEQUENCE, getattr(neuron, name)), 10
     images = (4, 2, 3, 32, 32)
     for name in nets:
         steps, forwards = whole_nets(name, images)
@@ -108,8 +116,14 @@ def norm_and_neuron(shape: Sequence[int]) -> Systems:
     return training_steps(nets, shape)
 
 
-def neuron_alone(shape: Sequence[int]) -> Systems:
-    nets = {name: nn.Sequential(neuron.LIFNode(**OPTIONS)) for name in ("plain", "accelerate")}
+def neuron_alone(shape: Sequence[int], kind: type[nn.Module] | None = None) -> Systems:
+    def make() -> nn.Sequential:
+        node = kind(surrogate_function=surrogate.ATan()) if kind else neuron.LIFNode(**OPTIONS)
+        net = nn.Sequential(node)
+        functional.set_step_mode(net, "m")
+        return net
+
+    nets = {name: make() for name in ("plain", "accelerate")}
     accelerate(nets["accelerate"])
     return training_steps(nets, shape)
 

@@ -11,9 +11,10 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
-from spikingjelly.activation_based import functional, neuron
+from spikingjelly.activation_based import base, functional, neuron
 from torch import Tensor, nn
 
 #: the bases of neurons with a voltage, a threshold and a reset; 0.0.0.0.14 has the first alone
@@ -66,6 +67,99 @@ def added_names(node: Any, *kinds: type) -> list[str]:
     functions = [name for name, value in vars(node).items() if name[0] != "_" and callable(value)]
     parts = (*functions, *node._parameters, *node._buffers, *node._modules, *states_of(node))
     return methods + [name for name in parts if name not in _PARTS]
+
+
+def _owner(kind: type, name: str) -> Any:
+    """The class that a class has a method from."""
+    return next((c for c in kind.__mro__ if name in vars(c)), None)
+
+
+#: the methods that run a sequence step by step, and need no look at
+_SEQUENCES = (base.MemoryModule, neuron.BaseNode, neuron.BaseNode.__mro__[1])
+
+
+@cache
+def why_no_step(kind: Any) -> str | None:
+    """Why the sequences of a class may not be its steps, one after the other, or ``None``."""
+    if (
+        _owner(kind, "forward") is not base.MemoryModule
+        or _owner(kind, "__call__") is not nn.Module
+    ):
+        return "it overrides forward"
+    sequence = _owner(kind, "multi_step_forward")
+    if not FUNCTIONAL_STATES:
+        return None if sequence in _SEQUENCES else _why_no_sequence(kind, sequence)
+    if sequence is neuron.SimpleBaseNode:
+        return None
+    states = _owner(kind, "multi_step_functional_forward")
+    step = _owner(kind, "single_step_functional_forward")
+    if step in (None, base.MemoryModule, neuron.BaseNode):
+        return "it has no step: no single_step_functional_forward"
+    known = step if step.__module__.startswith("spikingjelly.") else None
+    if sequence in (*_SEQUENCES, known) and states in (base.MemoryModule, known):
+        return None
+    return "it overrides the forward of a sequence"
+
+
+def _why_no_sequence(kind: type, sequence: Any) -> str | None:
+    """The same for 0.0.0.0.14, whose classes run a sequence by functions of their own in eval."""
+    if not sequence.__module__.startswith("spikingjelly."):
+        return "it overrides the forward of a sequence"
+    below = kind.__mro__[: kind.__mro__.index(sequence)]
+    own = {name for c in below for name in vars(c) if name[:2] != "__"}
+    if own & {*dir(sequence)} - {"extra_repr", "supported_backends"}:
+        name = sequence.__name__
+        return f"a subclass of {name} that overrides methods: it may behave differently"
+    return None
+
+
+@cache
+def step_of(kind: Any) -> Any:
+    """How a class runs a step on a copy: ``run(copy, x, states)`` gives the output and states.
+
+    A class of SpikingJelly's with a function of its own for sequences, which may round otherwise
+    than its step, runs a sequence of one.
+    """
+    sequence = _owner(kind, "multi_step_forward")
+    if not FUNCTIONAL_STATES:
+        return _stateful_step if sequence in _SEQUENCES else _stateful_sequence
+    if sequence is neuron.SimpleBaseNode:
+        return _stateful_step
+    states = _owner(kind, "multi_step_functional_forward")
+    return _functional_step if states is base.MemoryModule else _functional_sequence
+
+
+def _functional_sequence(node: Any, x: Tensor, states: dict[str, Any]) -> Any:
+    given = (x.unsqueeze(0),), tuple(states.values())
+    (output,), after = node.multi_step_functional_forward(*given)
+    return output[0], dict(zip(states, after, strict=True))
+
+
+def _stateful_sequence(node: Any, x: Tensor, states: dict[str, Any]) -> Any:
+    output = node.multi_step_forward(x.unsqueeze(0))
+    return output[0], vars(node)["_memories"]
+
+
+def _functional_step(node: Any, x: Tensor, states: dict[str, Any]) -> Any:
+    outputs, after = node.single_step_functional_forward((x,), tuple(states.values()))
+    (output,) = outputs
+    return output, dict(zip(states, after, strict=True))
+
+
+def _stateful_step(node: Any, x: Tensor, states: dict[str, Any]) -> Any:
+    output = node.single_step_forward(x)
+    return output, vars(node)["_memories"]
+
+
+#: in evaluation these classes give the same values by functions that give no gradients
+_stateful_sequence.as_in_training = True  # type: ignore[attr-defined]
+
+
+@cache
+def starts_at_numbers(kind: Any) -> bool:
+    """Whether a class's states that are numbers start as tensors of that number."""
+    owner = _owner(kind, "materialize_states")
+    return owner is None or owner.__module__.startswith("spikingjelly.")
 
 
 def forget_reset_cache() -> None:

@@ -9,9 +9,12 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from ..fused_neuron import Accelerated, restore
+from .._internal import compat
+from ..fused_neuron import Accelerated, read_neuron, restore
 from ..neuron import ALIFNode
 from ..ops import backends, surrogate
+from ..ops.step.read import Reading
+from ..ops.step.record import Neuron
 from .modules import (
     AcceleratedALIF,
     AcceleratedNeuron,
@@ -37,12 +40,13 @@ from .summary import ALREADY, FUSED, Acceleration, measure, norms_of, report_of
 def accelerate(net: nn.Module, example: Any = None) -> Acceleration:
     """Train ``net`` in less memory and time with equal outputs; changes it in place.
 
-    Its LIF, PLIF, IF, integer LIF and ALIF neurons run on the fused operator and learn what they
-    learned before. Such a neuron behind a batch norm takes the norm's input and computes both as
-    one operation, so the norm's output is not saved for backward. Spikes, counts and their sums
-    are saved as bits, and some sums of a norm's output are computed again.
+    Neurons whose step is pointwise, SpikingJelly's and yours, run on the fused operator and learn
+    what they learned before; on a GPU LIF, PLIF, IF, integer LIF and ALIF. One behind a batch norm
+    takes the norm's input and computes both as one operation, so the norm's output is not saved for
+    backward. Spikes, counts and their sums are saved as bits, and some sums of a norm's output are
+    computed again.
 
-    Outputs are equal as :func:`.swap_neurons` promises, and to rounding behind a norm. Every module
+    Outputs are equal as the report says, and to rounding behind a norm. Every module
     stays the same object, with its parameters, ``state_dict`` keys, hooks and voltages, so
     optimizers and checkpoints made before go on working; the class of a norm or neuron becomes a
     subclass of its own, and no other module is touched. In half precision these neurons compute,
@@ -102,7 +106,7 @@ def _exchange_classes(net: nn.Module) -> dict[str, Row]:
     rows = {}
     for site in find_neurons(net):
         reason = _why_not(site)
-        rows[site.path] = site.row("" if reason else FUSED, reason or describe_equality(site))
+        rows[site.path] = site.row("" if reason else FUSED, reason or _describe_equality(site))
         if not reason:
             accelerate_module(site.node)._taid_name = site.path
     if any(isinstance(m, AcceleratedALIF | AcceleratedNeuron) for m in net.modules()):
@@ -114,16 +118,21 @@ def _exchange_classes(net: nn.Module) -> dict[str, Row]:
 
 def _why_not(site: Site) -> str | None:
     """Why a neuron is left as it is, or ``None``."""
-    node = site.node
+    node: Any = site.node
     if isinstance(node, Accelerated):
         return ALREADY
     if is_parametrized(node):
         return "it is parametrized"
-    if isinstance(node, ALIFNode):
-        reason = "its backend is torch" if node.backend == "torch" else None
+    if isinstance(node, ALIFNode) and node.backend == "torch":
+        return "its backend is torch"
+    if site.device.type == "cpu":
+        reason = None if isinstance(node, ALIFNode) else compat.why_no_step(node.__class__)
+        successor = f"swap_neurons(net, replace={{{node.__class__.__name__}: ...}})"
+        reason = reason and f"{reason}; {successor} gives it a successor"
     else:
-        reason = why_no_alif(node)
-    if reason or (reason := surrogate.unsupported(node.surrogate_function)):
+        reason = None if isinstance(node, ALIFNode) else why_no_alif(node)
+        reason = reason or surrogate.unsupported(node.surrogate_function)
+    if reason:
         return reason
     if node.step_mode != "m":
         return (
@@ -133,7 +142,28 @@ def _why_not(site: Site) -> str | None:
     if any(map(callable, vars(node).values())):
         return "a function of its own, which the fused operator would not call"
     x = torch.empty(1, 1, dtype=site.dtype, device=site.device)
-    backend = backends.resolve(backends.AUTO, x, node.surrogate_function)
-    if backend.engine is None:
+    function = None if site.device.type == "cpu" else node.surrogate_function
+    if backends.resolve(backends.AUTO, x, function).engine is None:
         return f"no fused operator for {x.dtype} on {x.device.type}"
-    return None
+    found = _read(site)
+    return found if isinstance(found, str) else None
+
+
+def _read(site: Site) -> Reading | str | None:
+    """A neuron's step as it is read for the inputs that its parameters fit, or why it is not."""
+    if site.device.type != "cpu":
+        return None
+    node: Any = site.node
+    run: Any = node._taid_step if isinstance(node, ALIFNode) else compat.step_of(node.__class__)
+    sizes = [t.numel() for t in Neuron(node, run).tensors.values() if t.numel() > 1]
+    channels = sizes[0] if sizes else 3
+    found = [read_neuron(node, (2, channels, *more), run) for more in ((5, 7), ())]
+    return next((f for f in found if isinstance(f, Reading)), found[0])
+
+
+def _describe_equality(site: Site) -> str:
+    """How equal the outputs of an accelerated neuron are to the plain one's."""
+    found = _read(site)
+    if not isinstance(found, Reading) or site.dtype.itemsize < 4 or isinstance(site.node, ALIFNode):
+        return describe_equality(site)
+    return f"equal outputs{'' if found.exact else ' to rounding'}"

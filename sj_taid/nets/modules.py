@@ -20,6 +20,7 @@ from ..kept.norms import normalize, place_of
 from ..kept.saving import run_saving
 from ..neuron import ALIFNode
 from ..ops.alif.plan import Charge, Plans
+from ..ops.step.record import is_state
 from . import neurons
 
 
@@ -46,7 +47,8 @@ def accelerated_class(kind: Any, mixin: Any) -> type:
     """The subclass of a class of norms or neurons that adds ``mixin``, with the same name."""
     names = {"_taid_kind": kind, "_taid_mixin": mixin}
     names |= {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
-    if mixin is AcceleratedNeuron:
+    names["_taid_stores_states"] = hasattr(kind, "store_state_seqs")
+    if mixin is AcceleratedLIF:
         numbers = "v_reset", "detach_reset", "v_threshold", *_charges(kind)
         names["_taid_numbers"] = attrgetter(*numbers)
     return type(kind.__name__, (mixin, kind), names)
@@ -62,10 +64,13 @@ def _charges(kind: type) -> tuple[str, ...]:
 def accelerate_module(module: Any) -> Any:
     """Give a norm or a neuron its accelerated class."""
     kind: Any = type(module)
-    mixin: type = AcceleratedALIF if issubclass(kind, ALIFNode) else AcceleratedNeuron
-    module.__class__ = accelerated_class(
-        kind, AcceleratedNorm if issubclass(kind, _BatchNorm) else mixin
-    )
+    if issubclass(kind, _BatchNorm):
+        mixin: type = AcceleratedNorm
+    elif issubclass(kind, ALIFNode):
+        mixin = AcceleratedALIF
+    else:
+        mixin = AcceleratedNeuron if neurons.why_no_alif(module) else AcceleratedLIF
+    module.__class__ = accelerated_class(kind, mixin)
     return module
 
 
@@ -120,7 +125,60 @@ class AcceleratedALIF(Exchanged):
 
 
 class AcceleratedNeuron(Exchanged, FusedNeuron):
-    """A LIF, PLIF or IF neuron on the fused operator; all else is its own."""
+    """A neuron on the fused operator; all else is its own."""
+
+    _taid_stores_states: bool  #: whether its class can store each step's states, as CLIF
+
+    @property
+    def _taid_step(self) -> Any:
+        return compat.step_of(self._taid_kind)
+
+    def multi_step_forward(self, x_seq: Tensor, *args: Any, **kwargs: Any) -> Any:
+        node: Any = self
+        with graph.plain_functions():  # asked without torch's slow dispatch
+            fits = isinstance(x_seq, Tensor) and x_seq.is_floating_point() and x_seq.dim() > 1
+            fits = fits and x_seq.shape[0] > 0
+        fits = fits and not (self._taid_stores_states and node.store_state_seqs)
+        aside = not graph.is_eager() and graph.steps_aside()
+        if fits and not (args or kwargs or aside):
+            store_v_seq, states = getattr(node, "store_v_seq", False), self._taid_start(x_seq)
+            results = self._taid_run(x_seq, states, store_v_seq)
+            if results is not None:
+                spike_seq, *after, v_seq = results
+                node._memories.update(zip(states, after, strict=True))
+                if store_v_seq:
+                    self.v_seq = v_seq
+                # 0.0.0.0.14 computes, and gives spikes, in float32 under autocast.
+                lowers = not compat.FUNCTIONAL_STATES
+                lowers = lowers and torch.is_autocast_enabled(x_seq.device.type)
+                return spike_seq.float() if lowers else spike_seq
+        return self._taid_kind.multi_step_forward(self, x_seq, *args, **kwargs)  # type: ignore[attr-defined]
+
+    def _taid_strides(self, shape: torch.Size, strides: tuple[int, ...]) -> tuple[int, ...]:
+        # torch.stack of its steps keeps channels last alone.
+        step = torch.empty_like(torch.empty_strided(shape[1:], strides[1:], device="meta"))  # dense
+        inner = torch.empty_like(step, memory_format=_memory_order(step)).stride()
+        return step.numel(), *inner
+
+    def _taid_start(self, x_seq: Tensor) -> dict[str, Any]:
+        """The states that a sequence starts from, as its class makes them."""
+        node: Any = self
+        states: dict[str, Any] = {}
+        are_numbers = True
+        for name, value in node._memories.items():
+            if is_state(name, value):
+                states[name] = value
+                are_numbers &= not isinstance(value, Tensor)
+        if compat.FUNCTIONAL_STATES and not (
+            are_numbers and compat.starts_at_numbers(self._taid_kind)
+        ):
+            made = node.materialize_states((x_seq,), tuple(node._memories.values()), "m")
+            states |= {n: v for n, v in zip(node._memories, made, strict=True) if n in states}
+        return states
+
+
+class AcceleratedLIF(AcceleratedNeuron):
+    """A LIF, PLIF, IF or integer LIF, which the kernels of a GPU know."""
 
     def _taid_constants(self, dtype: torch.dtype) -> tuple[Charge, float | None, float | None]:
         node: Any = self
@@ -140,33 +198,12 @@ class AcceleratedNeuron(Exchanged, FusedNeuron):
         v_threshold = node.v_threshold if isinstance(node.v_threshold, Tensor) else None
         return getattr(node, "w", None), v_threshold
 
-    def multi_step_forward(self, x_seq: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        node: Any = self
-        with graph.plain_functions():  # asked without torch's slow dispatch
-            fits = isinstance(x_seq, Tensor) and x_seq.is_floating_point() and x_seq.dim() > 1
-        for learned in (node.v_threshold, node._parameters.get("w")):
-            if isinstance(learned, Tensor) and learned.dim():
-                fits = False  # the operator takes a number
-        aside = not graph.is_eager() and graph.steps_aside()
-        if args or kwargs or aside or not fits:
-            return self._taid_kind.multi_step_forward(self, x_seq, *args, **kwargs)  # type: ignore[attr-defined]
-        spike_seq = super().multi_step_forward(x_seq)
-        # 0.0.0.0.14 computes, and gives spikes, in float32 under autocast.
-        lowers = not compat.FUNCTIONAL_STATES and torch.is_autocast_enabled(x_seq.device.type)
-        return spike_seq.float() if lowers else spike_seq
-
-    def _taid_strides(self, shape: torch.Size, strides: tuple[int, ...]) -> tuple[int, ...]:
-        # torch.stack of its steps keeps channels last alone.
-        step = torch.empty_like(torch.empty_strided(shape[1:], strides[1:], device="meta"))  # dense
-        inner = torch.empty_like(step, memory_format=_memory_order(step)).stride()
-        return step.numel(), *inner
-
-    def _taid_start(self, x_seq: Tensor) -> Tensor | float:
+    def _taid_start(self, x_seq: Tensor) -> dict[str, Any]:
         """As in SpikingJelly: 2.x moves a voltage, and starts again if its shape is another."""
         v = self.v
         if isinstance(v, Tensor) and compat.FUNCTIONAL_STATES:
             v = v.to(x_seq.device) if v.shape == x_seq.shape[1:] else self.v_reset or 0.0
-        return v
+        return {"v": v}
 
 
 def _memory_order(x: Tensor) -> torch.memory_format:

@@ -174,6 +174,11 @@ def _find(name: str, x_seq: Tensor, surrogate_function: Any) -> Backend | str:
     return f"backend {name!r} cannot take this call: {reason}" if reason else backend
 
 
+def is_chosen(name: str) -> bool:
+    """Whether a backend was asked for by its name, or by the environment's."""
+    return name != AUTO or os.environ.get(ENVIRONMENT_VARIABLE, AUTO) != AUTO
+
+
 def needed_by(name: str) -> str:
     """What a backend needs, in words."""
     return NEEDS.get(name, "what its import says")

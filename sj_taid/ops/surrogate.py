@@ -1,7 +1,4 @@
-"""Surrogate derivatives in closed form, for the fused backends.
-
-Each one twice, as CUDA C and as a Python function for numba: a kernel cannot call the module.
-"""
+"""Surrogate derivatives in closed form, as CUDA C: a kernel cannot call the module."""
 
 import math
 from collections.abc import Callable
@@ -106,32 +103,8 @@ class Derivative(NamedTuple):
     constants: Callable[..., tuple[float, float]]
     #: the body of ``float f(float x, float a, float b)``; ``reciprocal`` is the kernels' ``1 / x``
     cuda: str
-    #: of operators, ``math``, :func:`exp` and, around each number, :func:`f32`
-    python: Callable[[float, float, float], float]
     #: the names of these attributes
     parameters: tuple[str, ...] = ("alpha",)
-
-
-def exp(x: float) -> float:
-    """``e**x``, which ``alif/cpu/loops.py`` replaces by one that vectorises."""
-    return math.exp(x)
-
-
-def f32(x: float) -> float:
-    """``x``, for numba as float32: a bare ``1.0`` would make its arithmetic float64."""
-    return x
-
-
-def _sigmoid(x: float, a: float, b: float) -> float:
-    e = exp(-abs(a * x))
-    return a * e / ((f32(1.0) + e) * (f32(1.0) + e))
-
-
-def _s2nn(x: float, a: float, b: float) -> float:
-    if x >= 0.0:
-        return b / (f32(1.0) + x)
-    e = exp(-abs(a * x))
-    return a * e / ((f32(1.0) + e) * (f32(1.0) + e))
 
 
 _SPIKINGJELLYS = {
@@ -139,89 +112,71 @@ _SPIKINGJELLYS = {
         lambda alpha: (alpha, 0.0),
         "float e = exponential(-fabsf(a * x)); float r = reciprocal(1.0f + e);"
         " return a * e * r * r;",
-        _sigmoid,
     ),
     "ATan": Derivative(
         lambda alpha: (alpha / 2, math.pi / 2 * alpha),
         "float y = b * x; return a * reciprocal(fmaf(y, y, 1.0f));",
-        lambda x, a, b: a / (f32(1.0) + (b * x) * (b * x)),
     ),
     "PiecewiseQuadratic": Derivative(
         lambda alpha: (alpha, 1 / alpha),
         "return fabsf(x) > b ? 0.0f : a - a * a * fabsf(x);",
-        lambda x, a, b: f32(0.0) if abs(x) > b else a - a * a * abs(x),
     ),
     "PiecewiseExp": Derivative(
         lambda alpha: (alpha / 2, alpha),
         "return a * exponential(-b * fabsf(x));",
-        lambda x, a, b: a * exp(-b * abs(x)),
     ),
     "SoftSign": Derivative(
         lambda alpha: (1 / alpha, 1 / (2 * alpha)),
         "float r = reciprocal(a + fabsf(x)); return b * r * r;",
-        lambda x, a, b: b / ((a + abs(x)) * (a + abs(x))),
     ),
     "SuperSpike": Derivative(
         lambda alpha: (alpha, 0.0),
         "float r = reciprocal(1.0f + fabsf(x)); return a * r * r;",
-        lambda x, a, b: a / ((f32(1.0) + abs(x)) * (f32(1.0) + abs(x))),
     ),
     "Erf": Derivative(
         lambda alpha: (alpha, alpha / math.sqrt(math.pi)),
         "return b * exponential(-(a * x) * (a * x));",
-        lambda x, a, b: b * exp(-(a * x) * (a * x)),
     ),
     "PiecewiseLeakyReLU": Derivative(
         lambda w, c: (w, c),
         f"return fabsf(x) < a ? {_LEAKY_AREA}f * reciprocal(a) : b;",
-        lambda x, a, b: f32(_LEAKY_AREA) / a if abs(x) < a else b,
         ("w", "c"),
     ),
     "LeakyKReLU": Derivative(
         lambda leak, k: (leak, k),
         "return x >= 0.0f ? b : a;",
-        lambda x, a, b: b if x >= 0.0 else a,
         ("leak", "k"),
     ),
     "Rect": Derivative(
         lambda alpha: (alpha, 0.5 / alpha),
         "return fabsf(x) < b ? a : 0.0f;",
-        lambda x, a, b: a if abs(x) < b else f32(0.0),
     ),
     "S2NN": Derivative(
         lambda alpha, beta: (alpha, beta),
         "float e = exponential(-fabsf(a * x)); float r = reciprocal(1.0f + (x < 0.0f ? e : x));"
         " return x < 0.0f ? a * e * r * r : b * r;",
-        _s2nn,
         ("alpha", "beta"),
     ),
     "QPseudoSpike": Derivative(
         lambda alpha: (2 / (alpha - 1), -alpha),
         "return powf(1.0f + a * fabsf(x), b);",
-        lambda x, a, b: (f32(1.0) + a * abs(x)) ** b,
     ),
     "NonzeroSignLogAbs": Derivative(
         lambda alpha: (1 / alpha, 0.0),
         "return reciprocal(a + fabsf(x));",
-        lambda x, a, b: f32(1.0) / (a + abs(x)),
     ),
     "LogTailedReLU": Derivative(
         lambda alpha: (alpha, 0.0),
         "return x <= 0.0f ? a : x > 1.0f ? reciprocal(x) : 1.0f;",
-        lambda x, a, b: a if x <= 0.0 else f32(1.0) / x if x > 1.0 else f32(1.0),
     ),
     "FakeNumericalGradient": Derivative(
         lambda alpha: (alpha, 1 / alpha if alpha > 0 else math.inf),
         "return fabsf(x) < b ? a : reciprocal(fabsf(x));",
-        lambda x, a, b: a if abs(x) < b else f32(1.0) / abs(x),
     ),
-    "DeterministicPass": Derivative(
-        lambda: (0.0, 0.0), "return 1.0f;", lambda x, a, b: f32(1.0), ()
-    ),
+    "DeterministicPass": Derivative(lambda: (0.0, 0.0), "return 1.0f;", ()),
     "MultiLevelSpikeCount": Derivative(
         lambda most, low, high: (low, high),
         "return x >= a && x <= b ? 1.0f : 0.0f;",
-        lambda x, a, b: f32(1.0) if (x >= a) & (x <= b) else f32(0.0),
         ("max_spike_count", "grad_min", "grad_max"),
     ),
 }
@@ -318,13 +273,29 @@ def key_of(surrogate_function: Any) -> tuple[Any, ...]:
 _READERS: dict[type, Any] = {}
 
 
-def derivative_of(surrogate_function: Any) -> tuple[str, float, float, int]:
-    """A supported surrogate's class, its constants ``(a, b)``, and the most that a step gives.
+def derivative_of(surrogate_function: Any) -> tuple[str, float, float, int, tuple[float, ...]]:
+    """A supported surrogate's class, its derivative's constants, the most that a step gives.
+
+    And the class's own arguments, of which :func:`made_again` makes it.
 
     >>> derivative_of(surrogate.PiecewiseQuadratic(alpha=4.0))
-    ('PiecewiseQuadratic', 4.0, 0.25, 1)
+    ('PiecewiseQuadratic', 4.0, 0.25, 1, (4.0,))
     """
     derivative = DERIVATIVES[type(surrogate_function)]
-    a, b = derivative.constants(*(getattr(surrogate_function, p) for p in derivative.parameters))
-    kind = type(surrogate_function).__name__
-    return kind, float(a), float(b), levels_of(surrogate_function)
+    parameters = [getattr(surrogate_function, p) for p in derivative.parameters]
+    a, b = derivative.constants(*parameters)
+    kind, own = type(surrogate_function).__name__, tuple(map(float, parameters))
+    return kind, float(a), float(b), levels_of(surrogate_function), own
+
+
+def made_again(name: str, parameters: tuple[float, ...]) -> Any:
+    """The surrogate of this class and these arguments.
+
+    >>> made_again("ATan", (3.0,)).alpha
+    3.0
+    """
+    kind = next(kind for kind in DERIVATIVES if kind.__name__ == name)
+    if kind is MultiLevelSpikeCount:
+        most, low, high = parameters
+        return kind(int(most), grad_window=(low, high))
+    return kind(**dict(zip(DERIVATIVES[kind].parameters, parameters, strict=True)))

@@ -176,7 +176,7 @@ NUMBERS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:backend 'numba' cannot take this call:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:.* is not fused:RuntimeWarning")
 @pytest.mark.parametrize(
     ("name", "value"), [(name, value) for name, values in NUMBERS.items() for value in values]
 )

@@ -70,9 +70,13 @@ def train(net, x_seq, steps=3, optimizer=None):
 
 
 def assert_close(got, expected):
+    before = 0.0
     for have, want in zip(got, expected, strict=True):
         largest = float(want.detach().abs().max()) if want.numel() else 1.0
-        torch.testing.assert_close(have, want, rtol=2e-3, atol=5e-4 * max(1.0, largest))
+        # A bias before a norm has no gradient but rounding, of terms as large as its weight's.
+        bound = max(5e-4 * max(1.0, largest), 5e-5 * before)
+        torch.testing.assert_close(have, want, rtol=2e-3, atol=bound)
+        before = largest
 
 
 def attributes_of(net):
@@ -165,19 +169,17 @@ if FUNCTIONAL_STATES:
 @pytest.mark.parametrize("make", NODES.values(), ids=NODES)
 def test_accelerated_neuron_is_equal_to_the_bit(make):
     plain, x, found = make(), 2 * torch.randn(5, 3, 7, 11), []
-    is_exact = getattr(plain, "tau", 2.0) != 1.7
     fast = copy.deepcopy(plain)
     report = accelerate(fast)  # the net itself
-    assert report.rows[0].note == f"equal outputs{'' if is_exact else ' to rounding'}"
+    assert report.rows[0].note == "equal outputs"
     assert "net " in str(report)
     for node in (plain, fast):
         x_seq = x.clone().requires_grad_()
         weighed(spikes := node(x_seq)).backward()
         found.append([spikes.as_subclass(torch.Tensor), node.v, node.v_seq, x_seq.grad])
-    rounding, exact = {"rtol": 1e-5, "atol": 1e-5}, {"rtol": 0, "atol": 0}
     (*got, grad), (*expected, right) = found
-    torch.testing.assert_close(got, expected, **exact if is_exact else rounding)
-    torch.testing.assert_close(grad, right, **rounding)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    torch.testing.assert_close(grad, right, rtol=1e-5, atol=1e-5)
     assert spikes.max() == (4 if "ILIF" in type(plain).__name__ else 1)
 
 
@@ -222,27 +224,21 @@ class Own(neuron.LIFNode):
 
 
 LEFT = {
-    "a subclass of LIFNode": Own(),
-    "not a LIF, PLIF or IF": neuron.IzhikevichNode(),
-    "the surrogate ATan has spik": neuron.LIFNode(surrogate_function=surrogate.ATan(spiking=False)),
-    "its threshold is a tensor": neuron.IFNode(),
+    "it overrides forward": Own(),
     "a function of its own": neuron.IFNode(),
     "it runs step by step: functional.set_step_mode": neuron.LIFNode(),
     "no fused operator for torch.float64": neuron.ParametricLIFNode(),
     "its backend is torch": ALIFNode(backend="torch"),
     "it is parametrized": neuron.ParametricLIFNode(),
-    "its surrogate counts by H - V_th": neuron.LIFNode(surrogate_function=MultiLevelSpikeCount(4)),
 }
-if FUNCTIONAL_STATES:
-    LEFT["it counts to 16"] = neuron.ILIFNode(surrogate_function=MultiLevelSpikeCount(16))
 
 
 def test_accelerate_leaves_what_it_cannot_run():
     net = nn.Sequential(*copy.deepcopy([*LEFT.values()]))
     functional.set_step_mode(net, "m")
-    net[3].v_threshold, net[4].forward, net[5].step_mode = torch.tensor(1.0), net[3].forward, "s"
-    net[6].double()
-    nn.utils.parametrize.register_parametrization(net[8], "w", nn.Identity())
+    net[1].forward, net[2].step_mode = net[1].forward, "s"
+    net[3].double()
+    nn.utils.parametrize.register_parametrization(net[5], "w", nn.Identity())
     before = attributes_of(net)
     report = accelerate(net)
     assert attributes_of(net) == before and not any(row.done for row in report.rows)
@@ -386,9 +382,6 @@ def test_accelerated_neurons_are_named_as_before():
     x_seq += 1.0
     with pytest.raises(RuntimeError, match=r"the neuron 'b'.*unaccelerate\(net\)"):
         output.sum().backward()
-    net["b"].tau = 1.0
-    with pytest.raises(ValueError, match=r"the neuron 'b': its tau is 1\.0.*unaccelerate\(net\)"):
-        net["b"](x_seq)
 
 
 def test_accelerated_voltage_of_another_batch():

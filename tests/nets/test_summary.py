@@ -10,6 +10,7 @@ from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
 
 from sj_taid import accelerate, swap_neurons
+from sj_taid._internal.compat import FUNCTIONAL_STATES
 from sj_taid.nets.summary import Acceleration, run_step
 from tests.nets.test_accelerate import images, make_net
 
@@ -187,7 +188,11 @@ def test_a_neuron_of_another_class_is_named_with_the_remedy():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # 2.x does not call neuronal_charge
         reports = accelerate(net), swap_neurons(net, filter=lambda *_: False)
-    for report in reports:
+    heads = "it has no step", f"not a LIF, PLIF or IF of SpikingJelly's, but {__name__}.PLIFNode"
+    if not FUNCTIONAL_STATES:  # which calls neuronal_charge, so the class is read
+        assert reports[0].rows[1].note == "equal outputs"
+        return
+    for report, head in zip(reports, heads, strict=True):
         note = report.rows[1].note
-        assert note.startswith(f"not a LIF, PLIF or IF of SpikingJelly's, but {__name__}.PLIFNode;")
+        assert note.startswith(f"{head}")
         assert note.endswith("swap_neurons(net, replace={PLIFNode: ...}) gives it a successor")

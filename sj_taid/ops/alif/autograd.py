@@ -16,7 +16,7 @@ from ..._internal import graph
 from .. import surrogate
 from ..bits import is_dense
 from . import compiled, reference
-from .plan import Charge, Dynamics, Engine, Needs, arranged, find_plan, spec_of
+from .plan import Charge, Dynamics, Engine, arranged, find_plan, spec_of
 from .reference import state_dtype
 
 
@@ -48,36 +48,29 @@ class FusedALIF(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor | None, ...]:
         # One parameter: apply looks at each of the signature's at every call.
         plan, v_init, name, *operands = inputs
-        if operands[4] is not None:  # there is a norm
-            operands[6:] = map(_plain, operands[6:])
-        spike_seq, v, v_seq, checkpoint, packed = plan.forward(v_init, *operands)
+        if operands[-4] is not None:  # there is a norm
+            operands[-2:] = map(_plain, operands[-2:])
+        *outputs, checkpoint, packed = plan.forward(v_init, *operands)
         ctx.call = plan, v_init, operands[0].stride(), name
         ctx.save_for_backward(checkpoint, *operands)
         # An output that nobody used has no gradient to read.
         ctx.set_materialize_grads(False)
         if packed is not None:
             ctx.mark_non_differentiable(packed)
-        return spike_seq, v, v_seq, packed
+        return *outputs, packed
 
     @staticmethod
-    def backward(
-        ctx: Any, grad_spike_seq: Any, grad_v: Any, grad_v_seq: Any, *unused: Any
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         plan, v_init, strides, name = ctx.call
         checkpoint, *operands = _saved_tensors(ctx, name)
-        need_x, need_v0, need_w, need_v_threshold, *_, need_weight, need_bias = (
-            ctx.needs_input_grad[3:]
-        )
-        arguments = (
-            Needs(need_x, need_v0, need_w, need_v_threshold, need_weight or need_bias),
-            *(v_init, strides, grad_spike_seq, grad_v, grad_v_seq, checkpoint, *operands),
-        )
+        *needs, _, _, need_weight, need_bias = ctx.needs_input_grad[3:]
+        arguments = (*needs, need_weight or need_bias), v_init, strides, *grads[:-1]
         is_seen = torch.is_grad_enabled() or graph.is_transformed()
         run: Any = _Backward.apply if is_seen else _Backward.forward
-        *grads, grad_weight, grad_bias = run(plan, *arguments)
+        *found, grad_weight, grad_bias = run(plan, *arguments, checkpoint, *operands)
         # A plan computes both or none, and a missing input of autograd's must get none.
         of_norm = grad_weight if need_weight else None, grad_bias if need_bias else None
-        return None, None, None, *grads, None, None, *of_norm
+        return None, None, None, *found, None, None, *of_norm
 
 
 apply_fused = graph.apply_of(FusedALIF)
@@ -115,19 +108,19 @@ class _Backward(torch.autograd.Function):
         plan: Any, needs: Any, v_init: Any, strides: Any, *tensors: Any
     ) -> tuple[Tensor | None, ...]:
         # Hooks on saved tensors need not keep their layout.
-        grad_spike_seq, grad_v, grad_v_seq, checkpoint, x, v0, *parameters = tensors
+        last = 1 + len(plan.states)  # of the gradients of the next states
+        given, operands = [*tensors[: last + 2]], [*tensors[last + 2 :]]
         order, step = plan.spec.strides, plan.spec.strides[1:]
         try:
-            given = (
-                arranged(grad_spike_seq, order),
-                arranged(grad_v, step),
-                arranged(grad_v_seq, order),
-                checkpoint if checkpoint is None else checkpoint.contiguous(),
-            )
-            operands = arranged(x, strides), arranged(v0, step), *parameters
-            return plan.backward(needs, v_init, given, operands)
+            given[0], given[last] = arranged(given[0], order), arranged(given[last], order)
+            if given[-1] is not None:
+                given[-1] = given[-1].contiguous()
+            operands[0] = arranged(operands[0], strides)
+            for k in range(1, last):
+                given[k], operands[k] = arranged(given[k], step), arranged(operands[k], step)
+            return plan.backward(needs, v_init, tuple(given), tuple(operands))
         except RuntimeError:  # a batch has no memory
-            if not any(graph.is_batched(t) for t in tensors[:3] if t is not None):
+            if not any(graph.is_batched(t) for t in tensors[: last + 1] if t is not None):
                 raise
         return graph.map_batch(_Backward.vmap, (plan, needs, v_init, strides, *tensors))
 

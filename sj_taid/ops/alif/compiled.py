@@ -17,15 +17,17 @@ from .reference import state_dtype
 
 _NEURON = "Tensor x, Tensor? v0, float v_init, Tensor? w, Tensor v_threshold"
 _DYNAMICS = (
-    "int charge, float? v_reset, bool detach_reset, str surrogate, float a, float b, int levels"
+    "int charge, float? v_reset, bool detach_reset, str surrogate, float a, float b, int levels, "
+    "float[] parameters"
 )
 _GRADS = "Tensor? grad_spike, Tensor? grad_v, Tensor? grad_v_seq"
 _NO_NORM = (None,) * 4
 
 
 def _plan_of(x: Tensor, v_threshold: Tensor, dynamics: Any, store_v_seq: bool, saves: bool) -> Any:
-    charge, *rest = dynamics
-    dynamics = Dynamics(Charge(charge), None, None, *rest)
+    charge, *rest, parameters = dynamics
+    about: Any = Charge(charge), None, None, *rest, tuple(parameters)
+    dynamics = Dynamics(*about)
     spec = spec_of(x, dynamics, v_threshold.dim() > 0, store_v_seq=store_v_seq, saves=saves)
     return find_plan(ENGINES[x.device.type], spec)
 

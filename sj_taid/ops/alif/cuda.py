@@ -115,7 +115,7 @@ class CudaPlan(Plan):
         if given[0] is None:  # unused spikes are too rare for kernels of their own
             given = torch.zeros_like(operands[0]), *given[1:]
         aligned = kernels.is_aligned(*operands[:2], *given)
-        run = self.prepare_backward(needs, given[2] is not None, aligned)
+        run = self.prepare_backward(Needs._make(needs), given[2] is not None, aligned)
         grad_x, grad_v0, grad_w, grad_v_threshold, *of_norm = grads
         norm, ab = operands[4:], None
         if run.first:

@@ -48,6 +48,11 @@ class Dynamics(NamedTuple):
     a: float  #: constants of its derivative
     b: float
     levels: int = 1  #: the most that a step gives
+    parameters: tuple[float, ...] = ()  #: of the surrogate
+
+    @property
+    def states(self) -> int:
+        return 1
 
     @property
     def counts(self) -> bool:
@@ -63,7 +68,7 @@ class Spec(NamedTuple):
     gradients have the same memory order; ``shape`` ``[T, *]`` and ``strides`` are how they show it.
     """
 
-    dynamics: Dynamics
+    dynamics: Any  #: on a CPU a Reading, or Dynamics; on a GPU Dynamics
     dtype: torch.dtype
     device: torch.device
     steps: int
@@ -82,7 +87,7 @@ class Spec(NamedTuple):
 
 def spec_of(
     x_seq: Tensor,
-    dynamics: Dynamics,
+    dynamics: Any,
     per_channel: bool,
     norm: bool = False,
     fixed_norm: bool = False,
@@ -133,7 +138,7 @@ class Plan:
         pack: Callable[..., Tensor],
     ) -> None:
         """``packs``: whether forward's kernel does, where asked for, and not ``pack`` after it."""
-        self.spec = spec
+        self.spec, self.states = spec, range(spec.dynamics.states)
         on: Any = {"device": spec.device}
         step, order = (spec.shape[1:], spec.strides[1:]), (spec.shape, spec.strides)
         self.new = partial(torch.empty, dtype=torch.float32, **on)
@@ -154,15 +159,18 @@ class Plan:
         the sequence. ``checkpoint`` is what backward of a spec that ``saves`` needs besides. Bits
         are those of :func:`sj_taid.ops.bits.pack`.
         """
-        outputs = (
-            self.new_spikes(),
-            self.new_v(),
+        outputs: list[Any] = [self.new_spikes()]
+        for _ in self.states:
+            outputs.append(self.new_v())
+        outputs += (
             self.new_v_seq() if self.spec.store_v_seq else None,
             self.new(self.checkpoint) if self.has_checkpoint else None,
             self.new_bits() if self.packs else None,
         )
         self.start_forward(v_init, operands, outputs)
-        return (*outputs[:4], self.pack_after(outputs[0])) if self.pack_after else outputs
+        if self.pack_after:
+            outputs[-1] = self.pack_after(outputs[0])
+        return tuple(outputs)
 
     def backward(
         self, needs: Needs, v_init: float, given: tuple[Any, ...], operands: tuple[Any, ...]
@@ -176,12 +184,10 @@ class Plan:
         channels = self.spec.channels
         size = (channels,) if self.spec.per_channel else ()
         grads = (
-            torch.empty_like(operands[0]) if needs.x else None,
-            self.new_v() if needs.v0 else None,
-            self.new(size) if needs.w else None,
-            self.new(size) if needs.v_threshold else None,
-            self.new(channels) if needs.norm else None,
-            self.new(channels) if needs.norm else None,
+            torch.empty_like(operands[0]) if needs[0] else None,
+            self.new_v() if needs[1] else None,
+            *[self.new(size) if need else None for need in needs[2:4]],
+            *[self.new(channels) if needs[-1] else None for _ in range(2)],
         )
         self.start_backward(needs, v_init, operands, given, grads)
         return grads
@@ -194,6 +200,11 @@ class Plans(dict[Any, Any]):
     """
 
     MOST = 64
+
+    def __init__(self) -> None:
+        super().__init__()
+        #: whether on a GPU -> what a call reads of the module
+        self.views: dict[bool, Any] = {}
 
     @classmethod
     def of(cls, module: Any) -> Plans:

@@ -71,17 +71,33 @@ def reset(
     return (1.0 - spike) * h + spike * v_reset
 
 
-def multi_step(
-    x_seq: Tensor,
-    v: Tensor | float,
-    w: Tensor | None,
+def step(
+    x: Tensor,
+    v: Tensor,
+    q: Tensor | None,
     v_threshold: Tensor,
     *,
     decay_input: bool,
     v_reset: float | None,
     surrogate_function: Callable[[Tensor], Tensor],
     detach_reset: bool,
+) -> tuple[Tensor, Tensor]:
+    """One step: the spikes or counts of an input ``[N, *]``, and the next ``V``."""
+    counts = surrogate.counts(surrogate_function)
+    h = charge(x, v, q, decay_input, v_reset, counts)
+    spike = fire(h, v_threshold, surrogate_function)
+    return spike, reset(h, spike, v_threshold, v_reset, detach_reset)
+
+
+def multi_step(
+    x_seq: Tensor,
+    v: Tensor | float,
+    w: Tensor | None,
+    v_threshold: Tensor,
+    *,
     store_v_seq: bool,
+    surrogate_function: Callable[[Tensor], Tensor],
+    **options: Any,
 ) -> tuple[Any, ...]:
     """Run ``x_seq`` ``[T, N, *]`` from ``v`` ``[N, *]``.
 
@@ -100,15 +116,13 @@ def multi_step(
         names = getattr(surrogate_function, "__dict__", ())
         for value in (math.pi, *(getattr(surrogate_function, name) for name in names)):
             isinstance(value, float)
-    q = None if w is None else per_channel(w.to(dtype).sigmoid(), x_seq)
-    threshold = per_channel(v_threshold.to(dtype), x_seq)
-    counts = surrogate.counts(surrogate_function)
+    q = None if w is None else per_channel(w.to(dtype).sigmoid(), x_seq[0])
+    threshold = per_channel(v_threshold.to(dtype), x_seq[0])
+    options["surrogate_function"] = surrogate_function
     stacks_v = store_v_seq or is_watched()  # SpikingJelly's neurons always do, which is counted
     spike_seq, v_seq = [], []
     for x in x_seq:
-        h = charge(x.to(dtype), v, q, decay_input, v_reset, counts)
-        spike = fire(h, threshold, surrogate_function)
-        v = reset(h, spike, threshold, v_reset, detach_reset)
+        spike, v = step(x.to(dtype), v, q, threshold, **options)
         spike_seq.append(spike.to(x_seq.dtype))
         if stacks_v:
             v_seq.append(v)
@@ -116,6 +130,6 @@ def multi_step(
     return torch.stack(spike_seq), v, every_v if store_v_seq else None
 
 
-def per_channel(parameter: Tensor, x_seq: Tensor) -> Tensor:
+def per_channel(parameter: Tensor, x: Tensor) -> Tensor:
     """Shape a ``[C]`` parameter to broadcast against ``[N, C, *]``; a scalar stays one."""
-    return parameter.view(-1, *[1] * (x_seq.dim() - 3)) if parameter.dim() else parameter
+    return parameter.view(-1, *[1] * (x.dim() - 2)) if parameter.dim() else parameter

@@ -23,6 +23,7 @@ from zlib import crc32
 import pytest
 import torch
 
+from sj_taid import fused_neuron
 from sj_taid.ops.alif import autograd, kernels
 from sj_taid.ops.alif.plan import ENGINES
 from tests.helpers import results
@@ -166,6 +167,7 @@ class Host:
             patch.setattr(torch.cuda, "device", device)
             for name, function in stand_ins.items():
                 patch.setattr(torch._C, name, function, raising=False)
+            patch.setattr(fused_neuron, "_is_on_gpu", lambda x_seq: True)
             yield self
 
     def _get(self, name):

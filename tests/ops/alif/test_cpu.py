@@ -1,21 +1,20 @@
 """The fused CPU loops against the definition: spikes and voltages equal, every gradient by name."""
 
-import math
 import multiprocessing
 import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import pytest
 import torch
 from spikingjelly.activation_based import surrogate
 
 from sj_taid.ops import backends
-from sj_taid.ops.alif import kernels, reference
+from sj_taid.ops.alif import reference
 from sj_taid.ops.alif.autograd import dynamics_of
-from sj_taid.ops.surrogate import DERIVATIVES, Derivative, MultiLevelSpikeCount, exp, f32
+from sj_taid.ops.alif.plan import find_plan
+from sj_taid.ops.surrogate import MultiLevelSpikeCount
 from tests.helpers import (
     Case,
     assert_close,
@@ -41,7 +40,7 @@ pytest.importorskip("numba", reason="needs numba: pip install numba")
 import numba
 
 from sj_taid.ops.alif import cpu
-from sj_taid.ops.alif.cpu import loops, threads
+from sj_taid.ops.alif.cpu import loops, rows, threads
 
 FLOATS = cpu.operators.DTYPES
 # Two parts at least, and cheap: with GRAIN lowered to 1 it is worth any number of threads.
@@ -88,33 +87,6 @@ def test_every_surrogate(name):
     # Outside of its support SpikingJelly sets 0 even where what comes in is NaN.
     if name != "PiecewiseQuadratic":
         assert_not_finite_alike(cpu.multi_step, reference.multi_step, case)
-
-
-class Mine(surrogate.ATan):
-    """A subclass, which has no derivative in the table unless it is added."""
-
-
-def test_a_surrogate_of_ones_own(monkeypatch):
-    derivative = Derivative(
-        lambda alpha: (2 / alpha, math.pi**2 * alpha / 2),
-        "return reciprocal(a + b * x * x);",
-        lambda x, a, b: f32(1.0) / (a + b * x * x),
-    )
-    with pytest.raises(backends.BackendUnavailableError, match=r"Mine is not in .*DERIVATIVES"):
-        backends.resolve("numba", torch.zeros(2, 3), Mine())
-    monkeypatch.setitem(DERIVATIVES, Mine, derivative)
-    assert backends.resolve("numba", torch.zeros(2, 3), Mine()).multi_step is cpu.multi_step
-    assert_conforms(Case(surrogate_function=Mine(alpha=3.0)))
-    assert "struct Mine" in kernels.source()
-
-
-def test_a_derivative_may_use_exp_and_any_function_of_math():
-    derivative = loops.smooth(lambda x, a, b: a * exp(x) + math.tanh(x) / f32(2.0))
-    compiled = numba.njit(lambda x, a, b: derivative(x, a, b))  # as the kernels
-    for x in (-0.5, 0.0, 3.0, -100.0, -math.inf, math.inf, math.nan):
-        expected = 1.5 * np.exp(x) + math.tanh(x) / 2
-        got = compiled(*np.float32([x, 1.5, 0.0]))
-        assert got == pytest.approx(expected, rel=1e-6, nan_ok=True)
 
 
 LAYOUTS = {
@@ -189,7 +161,8 @@ def test_gradients_in_batches_are_those_one_by_one(case, output, how):
     if case.norm:
         norm = BatchNorm(leaves["weight"], leaves["bias"], None, None, True, 0.1, 1e-5)
     operands = [leaves[key] for key in ("x", "v0", "w", "v_threshold")]
-    y = cpu.multi_step(*operands, store_v_seq=True, norm=norm, **case.options())[output]
+    multi_step = with_norm(cpu.multi_step, norm)
+    y = multi_step(*operands, store_v_seq=True, **case.options())[output]
     grads = torch.randn(3, *y.shape)
     leaves = [leaf for leaf in leaves.values() if leaf is not None]
     one_by_one = [torch.autograd.grad(y, leaves, grad, retain_graph=True) for grad in grads]
@@ -312,12 +285,13 @@ def test_a_forked_child_makes_its_own_threads():
 def compile_again(folder, v_resets, found):
     """A process whose rows of backward are on disk in ``folder`` at most."""
     numba.config.CACHE_DIR = str(folder)
-    loops.row_for.cache_clear()
+    rows.address_of.cache_clear()
+    rows.cache_folder.cache_clear()
+    find_plan.cache_clear()
     for v_reset in v_resets:
+        rows._ALIVE.clear()
         assert_conforms(LATER.with_(v_reset=v_reset))
-        row = loops.row_for("ATan", True, v_reset is None, False, False, False, False)
-        compiled = loops.compile_function(row, loops.ROW_SIGNATURE)
-        found.put("loaded" if compiled.cache_hits else "compiled")
+        found.put("".join("loaded " if row.cache_hits else "compiled " for row in rows._ALIVE))
 
 
 LATER = Case(frozen=("w", "v_threshold"))
@@ -333,7 +307,8 @@ def test_later_processes_load_what_is_compiled(tmp_path):
         found = multiprocessing.get_context("fork").SimpleQueue()
         run_forked(compile_again, tmp_path, v_resets, found)
         outputs.append([found.get() for _ in v_resets])
-    assert outputs == [["compiled"], ["compiled", "loaded"]]
+    compiled, loaded = "compiled compiled ", "loaded loaded "
+    assert outputs == [[compiled], [compiled, loaded]]
 
 
 COMPILED = [
@@ -387,9 +362,8 @@ def test_auto_runs_where_numba_cannot_compile():
 
 def test_loops_compile_where_numba_finds_no_folder(monkeypatch):
     monkeypatch.setattr(numba.core.caching.CacheImpl, "_locator_classes", [])
-    row = loops.row_for.__wrapped__("ATan", True, True, False, False, False, False)
     with pytest.warns(RuntimeWarning, match="compile again in every process"):
-        compiled = loops.compile_function.__wrapped__(row, loops.ROW_SIGNATURE)
+        compiled = loops.compile_function.__wrapped__(loops.move_bits)
     assert compiled.address and not compiled.cache_hits
 
 

@@ -1,16 +1,20 @@
 """What both fused backends do: the loops of the CPU, and the kernels, built for the host."""
 
+import inspect
+import itertools
 import math
 
 import pytest
 import torch
+from spikingjelly.activation_based import surrogate
 
 from sj_taid.ops import bits
 from sj_taid.ops.alif import reference
 from sj_taid.ops.alif.plan import Charge, Needs
-from sj_taid.ops.surrogate import MultiLevelSpikeCount
+from sj_taid.ops.surrogate import DERIVATIVES, MultiLevelSpikeCount
 from tests.helpers import (
     HALF,
+    TOLERANCE,
     Case,
     assert_close,
     assert_counts_at_their_edges,
@@ -82,8 +86,56 @@ def test_infinities_and_nan(fused, case):
     assert_not_finite_alike(fused.multi_step, reference.multi_step, case)
 
 
+# Parameters other than the defaults, by the name of the constructor's argument. alpha is a float32
+# number, to which 0.0.0.0.14's LogTailedReLU rounds it.
+OTHER: dict[str, object] = {"alpha": 2.75, "beta": 0.4, "w": 0.75, "c": 0.2, "leak": 0.1, "k": 1.5}
+OTHER |= {"grad_window": (-0.5, 3.25)}
+
+
+def modules():
+    for kind, changed in itertools.product(DERIVATIVES, (False, True)):
+        arguments = {k: v for k, v in OTHER.items() if k in inspect.signature(kind).parameters}
+        needed = {"max_spike_count": 4} if kind is MultiLevelSpikeCount else {}
+        yield kind(**needed | arguments) if changed else kind(**needed)
+
+
+def points(module):
+    """A grid that holds zero, every edge of a piecewise derivative and its two neighbours."""
+    numbers = [getattr(module, p) for p in DERIVATIVES[type(module)].parameters]
+    edges = [0.0, 1.0, *numbers, *(f / n for f, n in itertools.product((0.5, 1), numbers) if n)]
+    edges = torch.tensor(edges)
+    edges = torch.cat([edges, 0.0 - edges])  # never -0.0, which no H - V_th is
+    inf = torch.tensor(math.inf)
+    near = [edges, torch.nextafter(edges, inf), torch.nextafter(edges, -inf)]
+    return torch.cat([torch.linspace(-4, 4, 801), *near])
+
+
+def spikingjelly_derivative(module, x):
+    if isinstance(module, surrogate.NonzeroSignLogAbs):
+        # 0.0.0.0.14 passes its arguments as one tuple and raises, but the formula is public.
+        return module.backward(torch.ones_like(x), x, module.alpha)
+    x = x.clone().requires_grad_()
+    return torch.autograd.grad(module(x).sum(), x)[0]
+
+
+@pytest.mark.parametrize(
+    "module", [*modules()], ids=lambda m: f"{type(m).__name__}({m.extra_repr()})"
+)
+def test_derivative_equals_spikingjellys(fused, module):
+    counts = isinstance(module, MultiLevelSpikeCount)
+    x = points(module)
+    leaf = x[None, None].clone().requires_grad_()
+    # From rest H = X, and H - V_th is X, or H / V_th for counts.
+    about = {"v_reset": None if counts else 0.0, "detach_reset": True, "store_v_seq": False}
+    about |= {"decay_input": False, "surrogate_function": module}
+    spikes = fused.multi_step(leaf, 0.0, torch.tensor(0.0), torch.tensor(float(counts)), **about)[0]
+    spikes.sum().backward()
+    expected, tolerance = spikingjelly_derivative(module, x), TOLERANCE[torch.float32]["value"]
+    torch.testing.assert_close(leaf.grad[0, 0], expected, rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize("v_reset", [0.0, 0.25, None])
-def test_no_leak_is_a_plain_sum_for_infinite_voltages_too(fused, v_reset):
+def test_no_leak_is_a_plain_sum_for_infinite_voltages_too(launcher, v_reset):
     case = Case(v_reset, shape=(5, 3, 8, 4))
     leaves = tensors(case)
     x, v = leaves["x"], leaves["v0"]
@@ -92,7 +144,7 @@ def test_no_leak_is_a_plain_sum_for_infinite_voltages_too(fused, v_reset):
             x[1 + i, i], v[i, 7] = value, value
     spec = make_spec(case)
     constants = {"charge": Charge.NO_LEAK, "v_threshold": 0.8}
-    plan = fused.ENGINE.plan(spec._replace(dynamics=spec.dynamics._replace(**constants)))
+    plan = launcher.cuda.ENGINE.plan(spec._replace(dynamics=spec.dynamics._replace(**constants)))
     operands = x.detach(), v.detach(), *[None] * 6
     outputs, rows = plan.forward(0.0, *operands), []
     grads = [torch.randn_like(output) for output in outputs[:3]]

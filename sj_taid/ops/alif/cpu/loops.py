@@ -11,13 +11,12 @@ the input's gradient: memory is read and written once. Elsewhere it runs twice, 
 the norm needs and for all else. The thread that computes the last part makes what all parts' sums
 are for.
 
-A row of one step backward is the one loop that is compiled for each surrogate and its options: a
-function of its own, of which the kernel gets the address.
+No neuron is known here. What a neuron computes is two rows of one step, forward and backward, which
+:mod:`.rows` compiles of a class's own step; the kernels get their addresses.
 
-Spikes and voltages equal the reference's bit for bit: the same operations in the same order, which
-LLVM neither fuses nor reorders. It may do so only in the surrogates' derivatives and in the sums
-over neurons. A parameter's gradient is summed in float32 over time and in float64 over neurons, in
-parts whose bounds depend on the shape alone: the number of threads changes no bit.
+LLVM neither fuses nor reorders the operations of a row, only the sums over neurons. These are
+added in float32 over time and in float64 over neurons, in parts whose bounds depend on the shape
+alone: the number of threads changes no bit.
 """
 
 # numba infers the types of the functions that it compiles.
@@ -34,71 +33,69 @@ import numpy as np
 from llvmlite import ir
 from numba import carray, cfunc, from_dtype, types
 from numba.core import cgutils
-from numba.extending import intrinsic, overload, register_jitable
+from numba.extending import intrinsic, register_jitable
 
-from ... import surrogate
-from ..plan import COUNT, Charge
+from ...step.read import MOST_OPERANDS, MOST_STATES, MOST_TOTALS
 
 #: floats per cache line
 LINE = 16
 
-LEAK, DECAY_INPUT, NO_LEAK, NO_STATE = map(int, Charge)
+#: the places of tensors' addresses in :class:`Arguments`; the last ones hold several
+X, SPIKE, BITS, V_SEQ, GRAD_SPIKE, GRAD_V_SEQ, GRAD_X, MEAN = range(8)
+RSTD, WEIGHT, BIAS, GRAD_WEIGHT, GRAD_BIAS, CONSTANTS, OPERANDS = range(8, 15)
+TOTALS = OPERANDS + MOST_OPERANDS
+V0, V, GRAD_V, GRAD_V0, ADDRESSES = (TOTALS + MOST_TOTALS + k * MOST_STATES for k in range(5))
 
 
 class Arguments(ctypes.Structure):
     """What a kernel is called with: counters, addresses (0 for no tensor), sizes and options."""
 
     _fields_ = (
+        *((name, ctypes.c_int64) for name in ("threads", "taken", "done", "scratch")),
+        ("at", ctypes.c_int64 * ADDRESSES),
         *(
             (name, ctypes.c_int64)
             for name in (
-                *("threads", "taken", "done"),  # counters, by their places
-                *("scratch", "x", "v0", "q", "threshold", "mean", "rstd", "weight", "bias"),
-                *("spike", "v", "v_seq", "bits", "grad_spike", "grad_v", "grad_v_seq"),
-                *("grad_x", "grad_v0", "grad_w", "grad_threshold", "grad_weight", "grad_bias"),
                 *("parts", "ranges", "part_size", "block", "room", "group", "whole"),
                 *("sums_size", "scratch_size", "steps", "neurons", "inner", "channels"),
-                *("per_channel", "norm", "norm_sums", "ab", "sums_only"),
-                *("charge", "soft", "counts", "unpacks", "row"),
+                *("norm", "norm_sums", "ab", "sums_only", "unpacks"),
+                *("forward_row", "backward_row", "states", "operands", "totals"),
+                # rows of scratch memory, as text.Layout has them
+                *("mean_row", "grad_row", "sums_row", "spike_row", "bits_row", "grad_y_row"),
+                *("spare_row", "state_row"),
             )
         ),
-        *((name, ctypes.c_float) for name in ("v_init", "v_rest", "q_value", "threshold_value")),
-        *((name, ctypes.c_float) for name in ("a", "b", "levels")),
+        ("operand_channels", ctypes.c_int64 * MOST_OPERANDS),  #: whether each is one per channel
+        ("total_channels", ctypes.c_int64 * MOST_TOTALS),
+        ("v_init", ctypes.c_float * MOST_STATES),
+        *((name, ctypes.c_float) for name in ("least", "levels")),
         ("count", ctypes.c_double),  # of a channel's values
     )
 
 
 #: counters of :class:`Arguments`: threads that began, parts that were begun and that are done
 _THREADS, _TAKEN, _DONE = range(3)
-# Rows of scratch memory, then T rows of voltages (two at least), then room for a whole part.
-_Q, _THRESHOLD, _MEAN, _GAIN, _BIAS, _A, _B = range(7)
-_GRAD_V, _GRADS = 7, 8  # the latter of each of the sums below
-# Those that a loop is given come last: it checks that they lie outside of all of the above.
-_SPIKE, _BITS, _GRAD_Y, _SPARE, _VOLTAGES = range(12, 17)
+# Of a norm, from its first row on.
+_MEAN, _GAIN, _BIAS, _A, _B = range(5)
 #: values of a row at most, and floats from one to the next: a constant, so that a loop need not
 #: check whether rows overlap, and an odd number of cache lines, or all would compete for the same
-ROW, _PITCH = 1024, 1024 + LINE
-
-#: backward's sums over neurons, and how many there are: the last two of the gradient of the norm's
-#: output, and of its product with the centred input
-GRAD_Q, GRAD_THRESHOLD, GRAD_Y, GRAD_Y_X, SUMS = range(5)
+ROW, PITCH = 1024, 1024 + LINE
 
 
 # error_model: a division by zero must not branch, or its loop does not vectorise.
 _part = register_jitable(error_model="numpy")
-# Cached, since numba would take a second registration for another function.
-smooth = cache(register_jitable(error_model="numpy", fastmath={"contract"}))
 _sum = register_jitable(error_model="numpy", fastmath={"reassoc", "contract"})
 
 
-def scratch_size(steps: int, room: int) -> int:
+def scratch_size(layout: Any, steps: int, room: int) -> int:
     """Floats of a thread: rows, and ``room`` for gradients of each step."""
-    return (_VOLTAGES + max(steps, 2)) * _PITCH + steps * room
+    return layout.rows(steps) * PITCH + steps * room
 
 
 KERNEL_SIGNATURE = types.void(types.CPointer(from_dtype(np.dtype(Arguments))))
-_POINTERS, _FLOATS = [types.CPointer(types.float32)] * 4, [types.float32] * 4
-ROW_SIGNATURE = types.void(types.intp, *_POINTERS, *_FLOATS, types.intp)
+#: scratch memory, the input, states, then forward the output and the next states, backward the
+#: gradients of the output and of the input; constants, and how many neurons
+ROW_SIGNATURE = types.void(*[types.CPointer(types.float32)] * 6, types.intp)
 
 
 @cache
@@ -169,7 +166,7 @@ def _prefetch(typing_context: Any, pointer: Any, offset: Any) -> Any:
 
 @intrinsic
 def _call_row(typing_context: Any, address: Any, arguments: Any) -> Any:
-    """Call the function of :func:`row_for` at an address."""
+    """Call a row at an address."""
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         kinds = [context.get_value_type(kind) for kind in ROW_SIGNATURE.args]
@@ -179,61 +176,6 @@ def _call_row(typing_context: Any, address: Any, arguments: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(types.intp, types.Tuple(ROW_SIGNATURE.args)), generate
-
-
-@_part
-def _charge(x, v, q, v_rest, charge, counts):
-    if charge == NO_STATE:
-        return x
-    if charge == DECAY_INPUT:
-        return v + (x - (v - v_rest)) * q
-    if charge == NO_LEAK:
-        return v + x  # for an infinite v too
-    if counts:
-        return v * (np.float32(1) - q) + x
-    return v - (v - v_rest) * q + x
-
-
-@_part
-def _count(over, levels):
-    """``over`` in thresholds, rounded half to even; choices that leave NaN as it is."""
-    over = np.float32(0) if over < np.float32(0) else over
-    return np.rint(levels if over > levels else over)
-
-
-@_part
-def _charge_by_q(x, v, v_rest, charge):
-    return x - (v - v_rest) if charge == DECAY_INPUT else v_rest - v
-
-
-@_part
-def _reset(h, spike, threshold, v_rest, soft):
-    if soft:
-        return h - spike * threshold
-    return (np.float32(1) - spike) * h + spike * v_rest
-
-
-@smooth
-def _exp(x):
-    """Vectorisable ``e**x`` in float32, to 2 ulp; 0 below -87.7 and infinity above 88.3."""
-    x = max(min(x, np.float32(89)), np.float32(-88))
-    n = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
-    # ln 2 in two parts, the first short enough for n times it to be exact
-    r = x - n * np.float32(0.693359375) - n * np.float32(-2.12194440e-4)
-    p = np.float32(1 / 5040)
-    for c in (1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0):
-        p = p * r + np.float32(c)
-    return p * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
-
-
-@overload(surrogate.exp)
-def _overload_exp(x):
-    return lambda x: _exp(x)
-
-
-@overload(surrogate.f32)
-def _overload_f32(x):
-    return lambda x: np.float32(x)
 
 
 @_part
@@ -314,45 +256,27 @@ def _gather(sums, values, here, n, inner, channels):
 
 @_part
 def _row(scratch, k):
-    return _at(scratch, k * _PITCH)
-
-
-@_part
-def _input(scratch, x, i, norm):
-    """What the neuron reads: the input, or its norm."""
-    mean, gain, bias = _row(scratch, _MEAN), _row(scratch, _GAIN), _row(scratch, _BIAS)
-    return (x[i] - mean[i]) * gain[i] + bias[i] if norm else x[i]
-
-
-def _step_row(counts):
-    """One step forward of neighbouring neurons: spikes, or counts."""
-
-    def row(scratch, a, x, v, spike, v_next, norm, charge, soft, n):
-        q, threshold = _row(scratch, _Q), _row(scratch, _THRESHOLD)
-        v_rest, levels = a.v_rest, a.levels
-        for i in range(n):
-            h = _charge(_input(scratch, x, i, norm), v[i], q[i], v_rest, charge, counts)
-            if counts:
-                fired = _count(h / threshold[i], levels)
-            else:
-                fired = np.float32(h - threshold[i] >= np.float32(0))
-            spike[i], v_next[i] = fired, _reset(h, fired, threshold[i], v_rest, soft)
-
-    row.__qualname__ = "count_row" if counts else "spike_row"
-    return _part(row)
-
-
-_spike_row, _count_row = _step_row(False), _step_row(True)
+    return _at(scratch, k * PITCH)
 
 
 @_part
 def _step(scratch, a, t, here, now, spike, after, n):
-    """One step forward of a block, from the row of voltages ``now`` to ``after``."""
-    x, norm, charge, soft = _at_step(a.x, a, t, here), a.norm != 0, a.charge, a.soft != 0
-    if a.counts:
-        _count_row(scratch, a, x, now, spike, after, norm, charge, soft, n)
-    else:
-        _spike_row(scratch, a, x, now, spike, after, norm, charge, soft, n)
+    """One step forward of a block, from the rows of states ``now`` to ``after``."""
+    x, constants = _at_step(a.at[X], a, t, here), _at(a.at[CONSTANTS], 0)
+    _call_row(a.forward_row, (_row(scratch, 0), x, now, spike, after, constants, n))
+
+
+@_part
+def _states(scratch, a, t):
+    """The first of the rows of states number ``t``."""
+    return _row(scratch, a.state_row + t * a.states)
+
+
+@_part
+def _start_states(scratch, a, here, n):
+    for k in range(a.states):
+        out = _row(scratch, a.state_row + k)
+        _start(out, a.at[V0 + k], a.v_init[k], here, n)
 
 
 @_part
@@ -397,10 +321,12 @@ def _extent(a, part):
 def _grad_row(scratch, a, t, here, inside):
     """The gradient of what the neuron reads: one row, or with ``whole`` one for each step."""
     if a.whole:
-        return _at(scratch, (_VOLTAGES + max(a.steps, 2)) * _PITCH + t * a.room + inside)
-    if a.norm or not a.grad_x:
-        return _row(scratch, _GRAD_Y)
-    return _at_step(a.grad_x, a, t, here)
+        return _at(
+            scratch, (a.state_row + max(a.steps, 2) * a.states) * PITCH + t * a.room + inside
+        )
+    if a.norm or not a.at[GRAD_X]:
+        return _row(scratch, a.grad_y_row)
+    return _at_step(a.at[GRAD_X], a, t, here)
 
 
 @_part
@@ -421,25 +347,27 @@ def _multiply(out, values, n):
 @_part
 def _spread_norm(scratch, a, here, n):
     """The rows of a norm: its mean, its gain, which is ``weight rstd``, and its bias."""
-    zero, one = np.float32(0), np.float32(1)
-    _spread_row(scratch, a, _MEAN, a.mean, zero, True, here, n)
-    _spread_row(scratch, a, _GAIN, a.rstd, zero, True, here, n)
-    _spread_row(scratch, a, _BIAS, a.weight, one, True, here, n)
-    _multiply(_row(scratch, _GAIN), _row(scratch, _BIAS), n)
-    _spread_row(scratch, a, _BIAS, a.bias, zero, True, here, n)
+    zero, one, first = np.float32(0), np.float32(1), a.mean_row
+    _spread_row(scratch, a, first + _MEAN, a.at[MEAN], zero, True, here, n)
+    _spread_row(scratch, a, first + _GAIN, a.at[RSTD], zero, True, here, n)
+    _spread_row(scratch, a, first + _BIAS, a.at[WEIGHT], one, True, here, n)
+    _multiply(_row(scratch, first + _GAIN), _row(scratch, first + _BIAS), n)
+    _spread_row(scratch, a, first + _BIAS, a.at[BIAS], zero, True, here, n)
 
 
 @_part
 def _spread_terms(scratch, a, here, n):
-    _spread_row(scratch, a, _A, _terms(a), np.float32(0), True, here, n)
-    _spread_row(scratch, a, _B, _terms(a) + 4 * a.channels, np.float32(0), True, here, n)
+    zero, first = np.float32(0), a.mean_row
+    _spread_row(scratch, a, first + _A, _terms(a), zero, True, here, n)
+    _spread_row(scratch, a, first + _B, _terms(a) + 4 * a.channels, zero, True, here, n)
 
 
 @_part
-def _spread_parameters(scratch, a, here, n):
-    """The rows of q, the threshold and a norm."""
-    _spread_row(scratch, a, _Q, a.q, a.q_value, a.per_channel, here, n)
-    _spread_row(scratch, a, _THRESHOLD, a.threshold, a.threshold_value, a.per_channel, here, n)
+def _spread_operands(scratch, a, here, n):
+    """The rows of operands and a norm."""
+    for k in range(a.operands):
+        per_channel = a.operand_channels[k] != 0
+        _spread_row(scratch, a, k, a.at[OPERANDS + k], np.float32(0), per_channel, here, n)
     if a.norm:
         _spread_norm(scratch, a, here, n)
 
@@ -447,13 +375,13 @@ def _spread_parameters(scratch, a, here, n):
 @_part
 def _sums(a, part, kind):
     """Sums over neurons of this ``kind``, one per channel, made in a part."""
-    return _double_at(a.scratch, (part % a.ranges * SUMS + kind) * a.channels)
+    return _double_at(a.scratch, (part % a.ranges * (a.totals + 2) + kind) * a.channels)
 
 
 @_part
 def _clear_sums(a, part):
     channel, width = _channels(a, part)
-    for kind in range(SUMS):
+    for kind in range(a.totals + 2):
         sums = _sums(a, part, kind)
         for c in range(channel, channel + width):
             sums[c] = 0.0
@@ -471,7 +399,7 @@ def _total(a, kind, channel):
 @_part
 def _add_to_sums(scratch, a, part, kind, here, n):
     """Add the row of this ``kind`` to its sums."""
-    _gather(_sums(a, part, kind), _row(scratch, _GRADS + kind), here, n, a.inner, a.channels)
+    _gather(_sums(a, part, kind), _row(scratch, a.sums_row + kind), here, n, a.inner, a.channels)
 
 
 def _kernel(name, compute_part, finish):
@@ -504,42 +432,43 @@ def _nothing(a):
 
 @_part
 def _forward_part(a, scratch, part):
-    """Spikes and voltages."""
+    """Spikes and states."""
     start, run, _ = _extent(a, part)
     for here in range(start, start + run, a.block):
         n = min(a.block, start + run - here)
-        _spread_parameters(scratch, a, here, n)
-        now = _row(scratch, _VOLTAGES)
-        _start(now, a.v0, a.v_init, here, n)
+        _spread_operands(scratch, a, here, n)
+        _start_states(scratch, a, here, n)
         for t in range(a.steps):
-            spike = _at_step(a.spike, a, t, here)
-            _fetch(_at_step(a.x, a, t, here), a.neurons, n)
-            # Never the row it reads from, which would look like a loop-carried dependence.
-            after = _row(scratch, _VOLTAGES + (t + 1) % 2)
-            _step(scratch, a, t, here, now, spike, after, n)
-            if a.bits:
+            spike = _at_step(a.at[SPIKE], a, t, here)
+            _fetch(_at_step(a.at[X], a, t, here), a.neurons, n)
+            # Never the rows it reads from, which would look like a loop-carried dependence.
+            after = _states(scratch, a, (t + 1) % 2)
+            _step(scratch, a, t, here, _states(scratch, a, t % 2), spike, after, n)
+            if a.at[BITS]:
                 _store_bits(scratch, a, spike, t, here, n)
             _fetch(spike, a.neurons, n)
-            if a.v_seq:
-                v_seq = _at_step(a.v_seq, a, t, here)
+            if a.at[V_SEQ]:
+                v_seq = _at_step(a.at[V_SEQ], a, t, here)
                 _fetch(v_seq, a.neurons, n)
                 _copy(after, v_seq, n)
-            now = after
-        _copy(now, _at(a.v, here), n)
+        for k in range(a.states):
+            last = _row(scratch, a.state_row + a.steps % 2 * a.states + k)
+            _copy(last, _at(a.at[V + k], here), n)
 
 
 @_part
 def _store_bits(scratch, a, spike, t, here, n):
     """Write counts of step ``t``, or add its spikes to a row of bits, and write what is full."""
     if a.levels > np.float32(1):  # a block begins at an even neuron of memory
-        _pack_count_row(spike, _byte_at(a.bits, (t * a.neurons + here) // 2), n)
+        halves = _byte_at(a.at[BITS], (t * a.neurons + here) // 2)
+        _pack_count_row(spike, a.least, halves, n)
         return
-    bits = _row(scratch, _BITS)
+    bits = _row(scratch, a.bits_row)
     if t % 8 == 0:
         _fill(bits, np.float32(0), n)
     _pack_row(spike, bits, np.float32(1 << t % 8), n)
     if t % 8 == 7 or t == a.steps - 1:
-        _store_bytes(bits, _byte_at(a.bits, t // 8 * a.neurons + here), n)
+        _store_bytes(bits, _byte_at(a.at[BITS], t // 8 * a.neurons + here), n)
 
 
 @_part
@@ -549,24 +478,24 @@ def _bits_part(a, scratch, part):
     for here in range(start, start + run, a.block):
         n = min(a.block, start + run - here)
         for t in range(a.steps):
-            values = _at_step(a.spike, a, t, here)
+            values = _at_step(a.at[SPIKE], a, t, here)
             _fetch(values, a.neurons, n)
             if not a.unpacks:
                 _store_bits(scratch, a, values, t, here, n)
             elif a.levels > np.float32(1):
-                _unpack_count_row(_byte_at(a.bits, here // 2), values, n)
+                _unpack_count_row(_byte_at(a.at[BITS], here // 2), values, n)
             else:
-                bits = _byte_at(a.bits, t // 8 * a.neurons + here)
+                bits = _byte_at(a.at[BITS], t // 8 * a.neurons + here)
                 _unpack_row(bits, values, np.int32(t % 8), n)
 
 
 @_part
-def _pack_count_row(counts, halves, n):
+def _pack_count_row(counts, least, halves, n):
     for i in range(n // 2):
-        low, high = np.int32(counts[2 * i]), np.int32(counts[2 * i + 1])
+        low, high = np.int32(counts[2 * i] - least), np.int32(counts[2 * i + 1] - least)
         halves[i] = np.uint8(low & np.int32(15) | high << np.int32(4))
     if n % 2:
-        halves[n // 2] = np.uint8(np.int32(counts[n - 1]) & np.int32(15))
+        halves[n // 2] = np.uint8(np.int32(counts[n - 1] - least) & np.int32(15))
 
 
 @_part
@@ -581,64 +510,6 @@ def _unpack_count_row(halves, counts, n):
 
 forward = _kernel("forward", _forward_part, _nothing)
 move_bits = _kernel("move_bits", _bits_part, _nothing)
-
-
-def _derivative(name: str) -> Any:
-    """A surrogate's derivative, for numba."""
-    python = surrogate.by_name(name).python
-    # numba's linker distinguishes functions by their names, and keeps one of two that are equal.
-    python.__name__ = python.__qualname__ = name
-    return smooth(python)
-
-
-@cache
-def row_for(name, charge, soft, detach_reset, learn_w, learn_threshold, norm):
-    """One step backward of neighbouring neurons, for a surrogate and options."""
-    counts, derivative = name == COUNT, _derivative(name)
-
-    def row(scratch, x, v, grad_spike, grad_y, v_rest, levels, a, b, n):
-        q, threshold, mean = _row(scratch, _Q), _row(scratch, _THRESHOLD), _row(scratch, _MEAN)
-        grad_v = _row(scratch, _GRAD_V)
-        grad_q, grad_threshold = (
-            _row(scratch, _GRADS + GRAD_Q),
-            _row(scratch, _GRADS + GRAD_THRESHOLD),
-        )
-        grad_y_sum, grad_y_x = _row(scratch, _GRADS + GRAD_Y), _row(scratch, _GRADS + GRAD_Y_X)
-        for i in range(n):
-            y = _input(scratch, x, i, norm)
-            h = _charge(y, v[i], q[i], v_rest, charge, counts)
-            if counts:
-                over = h / threshold[i]
-                spike = _count(over, levels)
-            else:
-                over = h - threshold[i]
-                spike = np.float32(over >= np.float32(0))
-            through = grad_spike[i]
-            if not detach_reset:
-                through += grad_v[i] * (-threshold[i] if soft else v_rest - h)
-            through *= np.float32(derivative(over, a, b))
-            if counts:
-                through /= threshold[i]
-            # Products, not choices, as torch's: what is not finite stays so.
-            grad_h = through + (grad_v[i] if soft else (np.float32(1) - spike) * grad_v[i])
-            if learn_threshold:
-                by_threshold = through * over if counts else through
-                grad_threshold[i] -= by_threshold + (spike * grad_v[i] if soft else np.float32(0))
-            if learn_w:
-                grad_q[i] += grad_h * _charge_by_q(y, v[i], v_rest, charge)
-            grad = grad_h * q[i] if charge == DECAY_INPUT else grad_h
-            if norm:
-                grad_y_sum[i] += grad
-                grad_y_x[i] += grad * (x[i] - mean[i])
-            grad_y[i] = grad
-            if charge == NO_STATE:
-                grad_v[i] = np.float32(0)
-            else:
-                grad_v[i] = grad_h if charge == NO_LEAK else grad_h - grad_h * q[i]
-
-    options = (charge, soft, detach_reset, learn_w, learn_threshold, norm)
-    row.__qualname__ = "_".join(map(str, ("row", name, *map(int, options))))
-    return row
 
 
 @_part
@@ -663,7 +534,7 @@ def _backward_blocks(a, scratch, part, again):
                     _spread_norm(scratch, a, here, n)
                     _spread_terms(scratch, a, here, n)
                 else:
-                    _spread_parameters(scratch, a, here, n)
+                    _spread_operands(scratch, a, here, n)
             if again:
                 for t in range(a.steps):
                     _store_grad_x(scratch, a, t, here, k * run + done, n, a.neurons)
@@ -674,111 +545,108 @@ def _backward_blocks(a, scratch, part, again):
 @_part
 def _backward_block(a, scratch, part, here, inside, n):
     """A block's gradients; of x, with ``whole``, that of the norm's output."""
-    grad_now, grad_spike = _row(scratch, _GRAD_V), _row(scratch, _SPIKE)
+    grad_now, grad_spike = _row(scratch, a.grad_row), _row(scratch, a.spike_row)
     if a.ab and not a.whole:
         _spread_terms(scratch, a, here, n)
     _recompute(scratch, a, here, n)
-    _start(grad_now, a.grad_v, np.float32(0), here, n)
-    for k in range(_GRADS, _SPIKE + 1):
+    for k in range(a.states):
+        _start(_row(scratch, a.grad_row + k), a.at[GRAD_V + k], np.float32(0), here, n)
+    for k in range(a.sums_row, a.spike_row + 1):
         _fill(_row(scratch, k), np.float32(0), n)
     for t in range(a.steps - 1, -1, -1):
-        if a.grad_v_seq:
-            grad_v = _at_step(a.grad_v_seq, a, t, here)
+        if a.at[GRAD_V_SEQ]:
+            grad_v = _at_step(a.at[GRAD_V_SEQ], a, t, here)
             _fetch(grad_v, -a.neurons, n)
             _add(grad_now, grad_v, n)
-        if a.grad_spike:
-            grad_spike = _at_step(a.grad_spike, a, t, here)
+        if a.at[GRAD_SPIKE]:
+            grad_spike = _at_step(a.at[GRAD_SPIKE], a, t, here)
             _fetch(grad_spike, -a.neurons, n)
-        x, v = _at_step(a.x, a, t, here), _row(scratch, _VOLTAGES + t)
-        grad_y = _grad_row(scratch, a, t, here, inside)
-        constants = a.v_rest, a.levels, a.a, a.b
-        _call_row(a.row, (scratch, x, v, grad_spike, grad_y, *constants, n))
-        if a.grad_x and not a.whole and not a.sums_only:
+        x, states = _at_step(a.at[X], a, t, here), _states(scratch, a, t)
+        grad_y, constants = _grad_row(scratch, a, t, here, inside), _at(a.at[CONSTANTS], 0)
+        _call_row(a.backward_row, (_row(scratch, 0), x, states, grad_spike, grad_y, constants, n))
+        if a.at[GRAD_X] and not a.whole and not a.sums_only:
             _store_grad_x(scratch, a, t, here, inside, n, -a.neurons)
-    if a.grad_v0:
-        _copy(grad_now, _at(a.grad_v0, here), n)
+    for k in range(a.states):
+        if a.at[GRAD_V0 + k]:
+            _copy(_row(scratch, a.grad_row + k), _at(a.at[GRAD_V0 + k], here), n)
     if a.norm_sums:
-        _add_to_sums(scratch, a, part, GRAD_Y, here, n)
-        _add_to_sums(scratch, a, part, GRAD_Y_X, here, n)
-    if a.grad_w:
-        _add_to_sums(scratch, a, part, GRAD_Q, here, n)
-    if a.grad_threshold:
-        _add_to_sums(scratch, a, part, GRAD_THRESHOLD, here, n)
+        _add_to_sums(scratch, a, part, a.totals, here, n)
+        _add_to_sums(scratch, a, part, a.totals + 1, here, n)
+    for k in range(a.totals):
+        if a.at[TOTALS + k]:
+            _add_to_sums(scratch, a, part, k, here, n)
 
 
 @_part
 def _recompute(scratch, a, here, n):
-    """Compute the voltages before each step."""
-    spike = _row(scratch, _SPARE)
-    _start(_row(scratch, _VOLTAGES), a.v0, a.v_init, here, n)
+    """Compute the states before each step."""
+    spike = _row(scratch, a.spare_row)
+    _start_states(scratch, a, here, n)
     for t in range(a.steps):
-        _fetch(_at_step(a.x, a, t, here), a.neurons, n)
-        if t < a.steps - 1:
-            v, after = _row(scratch, _VOLTAGES + t), _row(scratch, _VOLTAGES + t + 1)
-            _step(scratch, a, t, here, v, spike, after, n)
+        _fetch(_at_step(a.at[X], a, t, here), a.neurons, n)
+        if t < a.steps - 1 and a.states:
+            now, after = _states(scratch, a, t), _states(scratch, a, t + 1)
+            _step(scratch, a, t, here, now, spike, after, n)
 
 
 @_part
 def _terms(a):
     """The address of A and B, after the sums."""
-    return a.scratch + 8 * SUMS * a.ranges * a.channels
+    return a.scratch + 8 * (a.totals + 2) * a.ranges * a.channels
 
 
 @_part
 def _norm_gradients(a, channel, width):
-    """A and B of :mod:`..norm`, and the gradients of weight and bias, from the sums."""
-    rstd, weight = _at(a.rstd, 0), _at(a.weight, 0)
+    """A and B, which the input's gradient needs, and those of weight and bias, from the sums."""
+    rstd, weight = _at(a.at[RSTD], 0), _at(a.at[WEIGHT], 0)
     a_terms, b_terms = _at(_terms(a), 0), _at(_terms(a), a.channels)
-    grad_weight, grad_bias = _at(a.grad_weight, 0), _at(a.grad_bias, 0)
+    grad_weight, grad_bias = _at(a.at[GRAD_WEIGHT], 0), _at(a.at[GRAD_BIAS], 0)
     for c in range(channel, channel + width):
-        to_weight, to_bias = rstd[c] * _total(a, GRAD_Y_X, c), _total(a, GRAD_Y, c)
-        gain = np.float64(rstd[c] * weight[c] if a.weight else rstd[c])
+        to_weight, to_bias = rstd[c] * _total(a, a.totals + 1, c), _total(a, a.totals, c)
+        gain = np.float64(rstd[c] * weight[c] if a.at[WEIGHT] else rstd[c])
         a_terms[c] = gain * to_bias / a.count
         b_terms[c] = gain * rstd[c] * to_weight / a.count
-        if a.grad_weight:
+        if a.at[GRAD_WEIGHT]:
             grad_weight[c], grad_bias[c] = to_weight, to_bias
 
 
 @_part
 def _finish_backward(a):
-    """The gradients of parameters, from the sums."""
+    """What the gradients of parameters are computed from, from the sums."""
     if a.norm_sums and not a.whole:
         _norm_gradients(a, 0, a.channels)
-    if a.grad_w:
-        _parameter_gradient(a, a.grad_w, GRAD_Q)
-    if a.grad_threshold:
-        _parameter_gradient(a, a.grad_threshold, GRAD_THRESHOLD)
+    for k in range(a.totals):
+        if a.at[TOTALS + k]:
+            _store_total(a, k)
 
 
 @_part
-def _parameter_gradient(a, out, kind):
-    gradient, q, total = _at(out, 0), _at(a.q, 0), 0.0
+def _store_total(a, k):
+    """A sum over neurons, of each channel or of all."""
+    out, total = _at(a.at[TOTALS + k], 0), 0.0
     for c in range(a.channels):
-        here = _total(a, kind, c)
-        if kind == GRAD_Q:
-            rate = np.float64(q[c * a.per_channel])
-            here *= rate * (1 - rate)  # dq/dw
+        here = _total(a, k, c)
         total += here
-        if a.per_channel:
-            gradient[c] = here
-    if not a.per_channel:
-        gradient[0] = total
+        if a.total_channels[k]:
+            out[c] = here
+    if not a.total_channels[k]:
+        out[0] = total
 
 
 @_part
 def _store_grad_x(scratch, a, t, here, inside, n, ahead):
     """Write the input's gradient, from that of what the neuron reads, where that is another."""
-    out = _at_step(a.grad_x, a, t, here)
+    out = _at_step(a.at[GRAD_X], a, t, here)
     if a.norm:
-        x, grad = _at_step(a.x, a, t, here), _grad_row(scratch, a, t, here, inside)
-        _input_gradient_row(scratch, x, grad, out, a.ab != 0, n)
+        x, grad = _at_step(a.at[X], a, t, here), _grad_row(scratch, a, t, here, inside)
+        _input_gradient_row(scratch, a.mean_row, x, grad, out, a.ab != 0, n)
     _fetch(out, ahead, n)
 
 
 @_part
-def _input_gradient_row(scratch, x, grad, out, ab, n):
-    mean, gain = _row(scratch, _MEAN), _row(scratch, _GAIN)
-    a, b = _row(scratch, _A), _row(scratch, _B)
+def _input_gradient_row(scratch, first, x, grad, out, ab, n):
+    mean, gain = _row(scratch, first + _MEAN), _row(scratch, first + _GAIN)
+    a, b = _row(scratch, first + _A), _row(scratch, first + _B)
     for i in range(n):
         scaled = gain[i] * grad[i]
         out[i] = scaled - a[i] - b[i] * (x[i] - mean[i]) if ab else scaled

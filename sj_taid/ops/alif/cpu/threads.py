@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ... import PROCESS
+from ...step.text import Layout
 from . import loops
 
 #: floats of a block's rows, which stay in the second-level cache
@@ -56,7 +57,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def partition(
-    steps: int, neurons: int, inner: int, channels: int, whole: bool = False
+    layout: Layout, steps: int, neurons: int, inner: int, channels: int, whole: bool = False
 ) -> dict[str, int]:
     """How the work is distributed, a function of the shape alone: of :class:`.loops.Arguments`.
 
@@ -65,7 +66,8 @@ def partition(
     ``room`` for its gradient.
     """
     inner = inner if channels > 1 else max(neurons, 1)
-    block = min(max(SCRATCH // (18 + 2 * steps), BLOCK), loops.ROW) // 64 * 64
+    rows = layout.first_state + 2 + (layout.states + 1) * steps
+    block = min(max(SCRATCH // rows, BLOCK), loops.ROW) // 64 * 64
     group, room = max(channels, 1), 0
     part_size = block * max(1, -(-neurons // (block * PARTS)))
     ranges = -(-neurons // part_size)
@@ -84,8 +86,8 @@ def partition(
         "room": room,
         "group": group,
         "whole": whole,
-        "sums_size": (loops.SUMS * ranges + 1) * channels,
-        "scratch_size": loops.scratch_size(steps, room),
+        "sums_size": ((layout.totals + 2) * ranges + 1) * channels,
+        "scratch_size": loops.scratch_size(layout, steps, room),
         "steps": steps,
         "neurons": neurons,
         "inner": inner,
@@ -110,26 +112,47 @@ class Call:
     """A kernel, and what of its arguments is known in advance: all but addresses."""
 
     def __init__(
-        self, kernel: Any, names: tuple[str, ...], *passes: dict[str, float], **options: Any
+        self,
+        kernel: Any,
+        places: tuple[int, ...],
+        about: tuple[tuple[bool, ...], tuple[bool, ...], Tensor | None] = ((), (), None),
+        *passes: dict[str, float],
+        **options: Any,
     ) -> None:
-        """``names`` are those of the tensors; ``passes`` differ in options."""
-        self.function, self.names = _function(kernel), names
+        """``places`` are those of the tensors in ``Arguments.at``; ``passes`` differ in options.
+
+        ``about``: which operands and totals are per channel, and the constants of a program.
+        """
+        operand_channels, total_channels, constants = about
+        self.function, self.places = _function(kernel), places
         self.passes = [loops.Arguments(**options | more) for more in passes or ({},)]
+        self.blank = [0] * (loops.ADDRESSES + 1)  # the last for a tensor that goes nowhere
+        if constants is not None:
+            self.blank[loops.CONSTANTS] = constants.data_ptr()
+        for arguments in self.passes:
+            arguments.operand_channels[: len(operand_channels)] = operand_channels
+            arguments.total_channels[: len(total_channels)] = total_channels
         self.sums_size, self.scratch_size = options["sums_size"], options["scratch_size"]
         grains = options["steps"] * options["neurons"] // GRAIN
         self.threads = max(1, min(options["parts"], grains))
 
-    def __call__(self, v_init: float, *tensors: Tensor | None) -> None:
+    def __call__(self, v_init: Any, *tensors: Tensor | None) -> None:
         """Run it on as many threads as torch may use and the work is worth."""
         threads = min(torch.get_num_threads(), self.threads)
         size = 2 * self.sums_size + threads * self.scratch_size
         scratch = torch.empty(size, dtype=torch.float32, device="cpu")
+        addresses = self.blank.copy()
+        for place, tensor in zip(self.places, tensors, strict=True):
+            if tensor is not None:
+                addresses[place] = tensor.data_ptr()
         for arguments in self.passes:
             record = loops.Arguments.from_buffer_copy(arguments)
-            record.scratch, record.v_init = scratch.data_ptr(), v_init
-            for name, tensor in zip(self.names, tensors, strict=True):
-                if tensor is not None:
-                    setattr(record, name, tensor.data_ptr())
+            record.scratch = scratch.data_ptr()
+            if type(v_init) is tuple:
+                record.v_init[: len(v_init)] = v_init
+            else:
+                record.v_init[0] = v_init
+            record.at[:] = addresses[:-1]
             address = ctypes.addressof(record)
             if threads == 1:
                 self.function(address)

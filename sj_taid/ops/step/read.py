@@ -1,0 +1,818 @@
+"""Read a neuron's step: torch traces and differentiates it; what is pointwise becomes lines.
+
+A value of the traced graph belongs to one of four kinds. A *number* depends on no tensor. What
+depends on parameters alone is an *operand*: torch computes it once a call. What depends on the
+input, a state or a gradient is a *neuron*'s, and must come from pointwise operations. A *total* is
+a sum over neurons, or is computed from such sums: parameters' gradients are.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from operator import or_
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+#: ``step(x, states, parameters)`` gives the output and the next states
+Step = Callable[[Tensor, Sequence[Any], Sequence[Tensor]], tuple[Tensor, Sequence[Any]]]
+
+#: the most states, operands, totals and constants that a kernel's arguments hold
+MOST_STATES, MOST_OPERANDS, MOST_TOTALS, MOST_CONSTANTS = 4, 8, 8, 64
+
+
+class NotRead(Exception):
+    """Why a step is not read, in words that follow "its step"."""
+
+
+class Program(NamedTuple):
+    """The structure of a step: equal ones share compiled rows.
+
+    Names are ``x``, ``s0`` (states), ``p0`` (operands), ``c0`` (constants), ``g`` and ``g0``
+    (gradients of the output and the next states), ``t0`` (lines).
+    """
+
+    lines: tuple[tuple[str, tuple[str, ...]], ...]  #: line ``i`` makes ``ti``: operation, arguments
+    outputs: tuple[str, ...]  #: the output and the next states
+    grads: tuple[str, ...]  #: the gradients of the input and the states
+    totals: tuple[str, ...]  #: what is summed over neurons
+
+    @property
+    def states(self) -> int:
+        return len(self.outputs) - 1
+
+    def needed(self, roots: Sequence[str]) -> list[int]:
+        """The lines that the ``roots`` are computed from, in order."""
+        found: set[int] = set()
+        stack = [root for root in roots if root[0] == "t"]
+        while stack:
+            line = int(stack.pop()[1:])
+            if line not in found:
+                found.add(line)
+                stack += [arg for arg in self.lines[line][1] if arg[0] == "t"]
+        return sorted(found)
+
+
+class Formulas(NamedTuple):
+    """What torch computes of parameters: operands before the rows, gradients after them."""
+
+    lines: tuple[tuple[str, str, tuple[str, ...]], ...]  #: name, text, the names that it uses
+    parameters: tuple[str, ...]
+    operands: tuple[str, ...]
+    totals: tuple[str, ...]
+    grads: tuple[str | None, ...]  #: of parameters; ``None`` for one that has none
+    total_shapes: tuple[tuple[int, ...], ...]
+
+    def before(self) -> Callable[..., list[Tensor]]:
+        """A function of the parameters that gives the operands."""
+        return self._compile(self.parameters, self.operands)
+
+    def after(self, needs: Sequence[bool]) -> Callable[..., list[Any]]:
+        """A function of parameters, operands and totals that gives the gradients needed."""
+        own = [f"_{k}" if name in self.parameters else name for k, name in enumerate(self.operands)]
+        return self._compile((*self.parameters, *own, *self.totals), self._needed(needs))
+
+    def totals_of(self, needs: Sequence[bool]) -> tuple[int, ...]:
+        """Which totals these gradients need."""
+        uses = self._uses(self._needed(needs), self.operands)
+        return tuple(k for k, name in enumerate(self.totals) if name in uses)
+
+    def _needed(self, needs: Sequence[bool]) -> list[str | None]:
+        return [grad if need else None for grad, need in zip(self.grads, needs, strict=True)]
+
+    def _uses(self, roots: Sequence[str | None], given: Collection[str]) -> set[str]:
+        """The names that these names need, themselves included, back to what is ``given``."""
+        found: set[str] = set()
+        uses = {name: uses for name, _, uses in self.lines if name not in given}
+        stack = [root for root in roots if root is not None]
+        while stack:
+            if (name := stack.pop()) not in found:
+                found.add(name)
+                stack += uses.get(name, ())
+        return found
+
+    def _compile(self, given: Sequence[str], results: Sequence[str | None]) -> Any:
+        needed = self._uses(results, given) - {*given}
+        lines = [f"    {name} = {text}" for name, text, _ in self.lines if name in needed]
+        end = f"    return [{', '.join(map(str, results))}]"
+        space: dict[str, Any] = {"aten": torch.ops.aten, "torch": torch}
+        space["full"] = partial(torch.full, device="cpu")
+        exec("\n".join([f"def function({', '.join(given)}):", *lines, end]), space)
+        return space["function"]
+
+
+class Reading(NamedTuple):
+    """A step that has been read: all that a kernel needs of a neuron."""
+
+    program: Program
+    constants: tuple[float, ...]
+    formulas: Formulas
+    parameters: int
+    operand_channels: tuple[bool, ...]  #: whether each operand is one per channel, not one number
+    total_channels: tuple[bool, ...]
+    #: the least and the most that the output can be, if it is a whole number; else ``None``
+    least: int | None
+    most: int | None
+    exact: bool  #: whether its outputs are torch's to the bit
+
+    @property
+    def states(self) -> int:
+        return self.program.states
+
+    @property
+    def operands(self) -> int:
+        return len(self.operand_channels)
+
+    @property
+    def levels(self) -> int:
+        """How many values above the least the output can have; 0 if that is not known."""
+        return 0 if self.most is None or self.least is None else self.most - self.least
+
+
+def read(step: Step, states: int, parameters: Sequence[Tensor], shape: Sequence[int]) -> Reading:
+    """Read a step of ``states`` and ``parameters`` for an input of this ``shape`` ``[N, *]``.
+
+    Only the number of axes counts, and with tensors of several values the size of axis 1.
+
+    Raises:
+        NotRead: the step is not pointwise, or not a function of its arguments alone.
+    """
+    per_channel = any(p.numel() != 1 for p in parameters)
+    shapes = _odd_shapes(shape, per_channel)
+    first, second = (_read_once(step, states, parameters, s) for s in shapes)
+    if first != second:
+        raise NotRead("depends on the shape of its input")
+    return first
+
+
+def _odd_shapes(shape: Sequence[int], per_channel: bool) -> list[tuple[int, ...]]:
+    """Two shapes of as many axes, in which a transposition and a size that is a constant show."""
+    found = []
+    for odd in ((3, 5, 7, 9, 11, 13), (2, 17, 4, 6, 19, 8)):
+        channels = shape[1:2] if per_channel else odd[1:2]
+        others = [size for size in odd if size not in channels] * 3
+        found.append((others[0], *channels, *others[1:])[: len(shape)])
+    return found
+
+
+def _read_once(step: Step, states: int, parameters: Sequence[Tensor], shape: Any) -> Reading:
+    if states > MOST_STATES:
+        raise NotRead(f"has more than {MOST_STATES} states")
+    with (
+        torch.inference_mode(False),
+        torch.autocast("cpu", enabled=False),
+        torch.random.fork_rng(devices=()),
+        saved_tensors_hooks(_same, _same),  # not those of the caller
+    ):
+        inputs = [_example(shape) for _ in range(1 + states)]
+        inputs += [_example(p.shape, p.dtype) for p in parameters]
+        upstream = [_example(shape).detach() for _ in range(1 + states)]
+        drawn = _random_states()
+        calls, ends = _trace(step, states, inputs, upstream)
+        if _random_states() != drawn:
+            raise NotRead("draws random numbers")
+    names = ["x", *(f"s{k}" for k in range(states)), *(f"w{k}" for k in range(len(parameters)))]
+    names += ["g", *(f"g{k}" for k in range(states))]
+    reader = _Reader(dict(zip(names, (*inputs, *upstream), strict=True)), tuple(shape))
+    for call in calls:
+        try:
+            reader.take(call)
+        except (RuntimeError, TypeError, ValueError, IndexError, OverflowError) as error:
+            raise NotRead(f"has {call.name}, which is not understood") from error
+    outputs = [reader.root(end) for end in ends[: 1 + states]]
+    grads = [reader.root(end) for end in ends[1 + states : 2 + 2 * states]]
+    return reader.reading(outputs, grads, ends[2 + 2 * states :])
+
+
+def _random_states() -> tuple[Any, ...]:
+    """The states of torch's, Python's and numpy's random numbers."""
+    state: Any = np.random.get_state(legacy=False)  # noqa: NPY002
+    return torch.get_rng_state().tolist(), random.getstate(), repr(state["state"])
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+class _Opaque(Tensor):
+    """A small tensor whose values nobody can ask for, so that nothing can depend on them."""
+
+    values: Any
+    __torch_function__: Any = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def of(values: Tensor, requires_grad: bool = False) -> _Opaque:
+        about: Any = {"strides": values.stride(), "dtype": values.dtype, "device": values.device}
+        made = Tensor._make_wrapper_subclass(
+            _Opaque, values.shape, requires_grad=requires_grad, **about
+        )
+        made.values = values
+        return made
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            raise NotRead("asks for a value of a tensor")
+        args_, kwargs_ = tree_map_only(_Opaque, lambda t: t.values, (args, kwargs or {}))
+        result = func(*args_, **kwargs_)
+        if args and isinstance(args[0], _Opaque) and result is args[0].values:
+            return args[0]  # changed in place
+        return tree_map_only(Tensor, _Opaque.of, result)
+
+
+def _example(shape: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Random values; of half precision, which a plan is given as float32, in float32."""
+    is_float = dtype.is_floating_point
+    dtype = torch.float32 if is_float and dtype.itemsize < 4 else dtype
+    return _Opaque.of(torch.rand(shape, device="cpu").to(dtype), requires_grad=is_float)
+
+
+class _Call(NamedTuple):
+    """An operation of torch."""
+
+    function: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    result: Any
+    number: Any = None  #: of an operation that makes one, as it was then
+
+    @property
+    def name(self) -> str:
+        return self.function._schema.name.split("::")[1]
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes every operation of torch, those of a backward too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[_Call] = []
+        self.error: NotRead | None = None  # which the step may have caught
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        try:
+            result = func(*args, **(kwargs or {}))
+        except NotRead as error:
+            self.error = error
+            raise
+        call, number = _Call(func, args, kwargs or {}, result), None
+        if call.name in _NEW and type(result) is Tensor and result.numel() == 1:
+            number = result.item()
+        self.calls.append(call._replace(number=number))
+        return result
+
+
+def _trace(step: Step, states: int, inputs: Any, upstream: Any) -> tuple[list[_Call], list[Any]]:
+    """All operations of a step and of its gradient, and their results, or :class:`NotRead`."""
+    x, recorder = inputs[0], _Recorder()
+    try:
+        with recorder, torch.enable_grad():
+            output, after = step(x, inputs[1 : 1 + states], inputs[1 + states :])
+            ends = [output, *after]
+            for end in ends:
+                if not isinstance(end, Tensor) or end.shape != x.shape or end.dtype != x.dtype:
+                    raise NotRead("has an output or state of another shape or dtype than its input")
+            pairs = [(end, g) for end, g in zip(ends, upstream, strict=True) if end.requires_grad]
+            grads: Any = [None] * len(inputs)
+            if pairs:
+                roots, gs = zip(*pairs, strict=True)
+                learned = [i for i in inputs if i.requires_grad]
+                found = iter(torch.autograd.grad(roots, learned, gs, allow_unused=True))
+                grads = [next(found) if i.requires_grad else None for i in inputs]
+    except NotRead:
+        raise
+    except Exception as error:
+        text = str(error).strip().partition("\n")[0]
+        raise NotRead(f"could not be traced: {type(error).__name__}: {text}"[:200]) from error
+    if recorder.error is not None:
+        raise recorder.error
+    return recorder.calls, [*ends, *grads]
+
+
+# ---- kinds of values -----------------------------------------------------------------------------
+
+
+class _Value(NamedTuple):
+    kind: str  #: "number", "operand", "neuron" or "total"
+    name: Any  #: of a neuron's, or in formulas; or the number
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    mask: str = ""  #: the neurons that it has values of, if not all
+
+
+#: operations that leave a neuron's values as they are, of one step with or without an axis of time
+_SAME = frozenset(
+    (
+        *("alias", "detach", "clone", "view", "_unsafe_view", "reshape", "unsqueeze", "squeeze"),
+        *("expand", "select", "slice", "contiguous", "select_backward", "slice_backward"),
+        *("lift_fresh", "lift_fresh_copy", "unbind", "stack", "cat"),
+    )
+)
+#: operations that make numbers: where their value is, or the value; ``None`` until it is set
+_FULL: dict[str, int | float | None] = {
+    "empty": None, "empty_like": None, "empty_strided": None, "new_empty": None,
+    "full": 1, "full_like": 1, "new_full": 2, "scalar_tensor": 0, "fill": 1, "zero": 0.0,
+    "_efficientzerotensor": 0.0, "zeros": 0.0, "zeros_like": 0.0, "new_zeros": 0.0,
+    "ones": 1.0, "ones_like": 1.0, "new_ones": 1.0,
+}  # fmt: skip
+_TAKES_VALUE = ("full", "full_like", "new_full", "scalar_tensor", "fill")
+#: operations that make numbers of nothing that is traced
+_NEW = ("arange", "lift_fresh", "lift_fresh_copy")
+#: operations that are linear, as gradients of parameters must be: a sum of theirs is one of its sum
+_LINEAR = (
+    frozenset(["sum", "neg", "add", "sub", "mul", "div", "permute", "transpose", "t", "_to_copy"])
+    | _SAME
+)
+_COMPARE = frozenset(["ge", "gt", "le", "lt", "eq", "ne"])
+_LOGIC = {"logical_and": "and", "bitwise_and": "and", "logical_or": "or", "bitwise_or": "or"}
+_LOGIC |= {"logical_not": "not", "bitwise_not": "not", "logical_xor": "ne", "bitwise_xor": "ne"}
+#: operations of one value to several, and how many arguments they have
+_PLAIN = {
+    "mul": 2, "div": 2, "neg": 1, "abs": 1, "sqrt": 1, "exp": 1, "log": 1, "sigmoid": 1, "tanh": 1,
+    "sin": 1, "cos": 1, "erf": 1, "round": 1, "floor": 1, "ceil": 1, "trunc": 1, "sign": 1,
+    "sgn": 1, "relu": 1, "reciprocal": 1, "rsqrt": 1, "minimum": 2, "maximum": 2, "atan": 1,
+    "sigmoid_backward": 2, "tanh_backward": 2, "threshold_backward": 3, "expm1": 1, "log1p": 1,
+}  # fmt: skip
+#: operations with a method of the reader; it gives "" where it does not know them so
+_METHODS = {
+    **dict.fromkeys(("add", "sub", "rsub"), "_add"),
+    **dict.fromkeys(("where", "masked_fill"), "_choose"),
+    **dict.fromkeys(("clamp", "clamp_min", "clamp_max", "hardtanh"), "_clamp"),
+    **dict.fromkeys(("addcmul", "addcdiv"), "_add_product"),
+    **{"index_put": "_put", "pow": "_power"},
+}
+_SAME_AS = {
+    "sgn": "sign",
+    "true_divide": "div",
+    "multiply": "mul",
+    "divide": "div",
+    "subtract": "sub",
+}
+#: operations that are torch's to rounding alone; torch may round "scale" and a sum after it once
+_ROUNDED = frozenset(
+    [
+        "exp",
+        "log",
+        "sigmoid",
+        "tanh",
+        "sin",
+        "cos",
+        "erf",
+        "atan",
+        "pow",
+        "expm1",
+        "log1p",
+        "sqrt",
+        "rsqrt",
+        "scale",
+    ]
+)
+
+
+#: stands for a tensor that is given, among those in one memory
+_GIVEN = -1
+
+
+class _Reader:
+    """Gives each value its kind, each of a neuron's a line, each of a parameter's a formula."""
+
+    def __init__(self, given: dict[str, Tensor], shape: tuple[int, ...]) -> None:
+        self.shapes = shape, (1, *shape)  # of a step, and of a sequence of one
+        self.values: dict[int, Any] = {}
+        self.lines: list[tuple[str, tuple[str, ...]]] = []
+        self.ranges: dict[str, tuple[float, float, bool]] = {}
+        self.constants: list[float] = []
+        self.operands: list[_Value] = []
+        self.totals: list[tuple[_Value, str]] = []
+        self.formulas: dict[str, tuple[str, list[str]]] = {}
+        self.parameters = [name for name in given if name[0] == "w"]
+        self.aliases: dict[int, set[int]] = {}
+        for name, tensor in given.items():
+            kind = "operand" if name[0] == "w" else "neuron"
+            self.values[id(tensor)] = _Value(kind, name, tensor.dtype, tuple(tensor.shape))
+            self._alias(tensor).add(_GIVEN)
+
+    def _alias(self, tensor: Tensor) -> set[int]:
+        """The tensors in a tensor's memory."""
+        values = tensor.values if isinstance(tensor, _Opaque) else tensor
+        return self.aliases.setdefault(values.untyped_storage()._cdata, set())
+
+    def of(self, tensor: Tensor) -> _Value:
+        if (value := self.values.get(id(tensor))) is None:
+            raise NotRead("reads a tensor that is no parameter, buffer, state or attribute of it")
+        if value.name is None:
+            raise NotRead("reads memory that it has not set")
+        return value
+
+    def take(self, call: _Call) -> None:
+        """Understand one operation."""
+        name = call.name
+        in_place = name[-1] == "_" and name[0] != "_"
+        shown: set[int] = self._alias(call.args[0]) if in_place else set()
+        known = [self.values[other] for other in shown - {_GIVEN}]
+        if _GIVEN in shown or any(value.kind == "operand" for value in known):
+            raise NotRead(f"changes in place what it is given ({name})")
+        size = call.args[0].numel() if in_place else 0
+        if any(math.prod(value.shape) != size for value in known) or "out" in call.kwargs:
+            raise NotRead(f"changes a part of a tensor in place ({name})")
+        base = name.rstrip("_") if in_place else name
+        value = self._understand(call, _SAME_AS.get(base, base))
+        for result in call.result if isinstance(call.result, list | tuple) else [call.result]:
+            if isinstance(result, Tensor):
+                self.values[id(result)] = value
+                self._alias(result).add(id(result))
+                for other in shown:  # views of one step are the whole of it
+                    self.values[other] = value._replace(shape=self.values[other].shape)
+
+    def _understand(self, call: _Call, base: str) -> _Value:
+        result = call.result
+        tensors = _tensors_of(call)
+        if base in _FULL:
+            number: Any = _FULL[base]
+            number = call.args[number] if base in _TAKES_VALUE else number
+            if isinstance(number, Tensor):
+                raise NotRead(f"has {base} of a tensor")
+            return _Value("number", number, result.dtype, tuple(result.shape))
+        if torch.Tag.nondeterministic_seeded in call.function.tags:
+            raise NotRead(f"has random numbers ({base})")
+        if call.number is not None and not (tensors and id(tensors[0]) in self.values):
+            return _Value("number", call.number, result.dtype, tuple(result.shape))
+        if base == "_local_scalar_dense":
+            raise NotRead("asks for a value of a tensor")
+        is_made = isinstance(result, Tensor | list | tuple) and tensors
+        if not is_made or call.function.namespace != "aten":
+            raise NotRead(f"has {base}, which is no function of what it is given")
+        kinds = {self.of(tensor).kind for tensor in tensors}
+        if {"total", "neuron"} <= kinds:
+            raise NotRead("mixes neurons: it has a sum over them")
+        if "neuron" in kinds:
+            return self._sum(call) if base == "sum" else self._of_neuron(call, base)
+        if kinds == {"number"}:
+            return self._fold(call, base)
+        return self._of_parameters(call, base, "total" if "total" in kinds else "operand")
+
+    def _fold(self, call: _Call, base: str) -> _Value:
+        """An operation on numbers, by torch."""
+        result = call.result[0] if isinstance(call.result, list | tuple) else call.result
+        if base in _SAME:
+            first, *others = map(self.of, _tensors_of(call))
+            if result.numel() and all(other.name == first.name for other in others):
+                return first._replace(shape=tuple(result.shape))
+            raise NotRead(f"has {base} of constants")
+
+        def number(tensor: Tensor) -> Tensor:
+            value = self.of(tensor)
+            return torch.tensor(value.name, dtype=value.dtype, device="cpu")
+
+        args, kwargs = tree_map_only(Tensor, number, (call.args, call.kwargs))
+        if torch.Tag.pointwise not in call.function.tags and base != "_to_copy":
+            raise NotRead(f"has {base} of constants")
+        found = call.function(*args, **kwargs)
+        return _Value("number", found.item(), result.dtype, tuple(result.shape))
+
+    def _of_parameters(self, call: _Call, base: str, kind: str) -> _Value:
+        """What torch computes, once a call: not at the size of the input."""
+        result = call.result
+        if not isinstance(result, Tensor):
+            raise NotRead(f"has {base} of parameters")
+        tensors = _tensors_of(call)
+        shape, first = tuple(result.shape), self.of(tensors[0])
+        is_whole = any(tuple(t.shape) != self.of(t).shape for t in tensors)
+        if result.numel() > 1 and shape in self.shapes:
+            if base == "expand" and kind == "operand":
+                return first  # the kernel spreads it
+            is_whole = True
+        if is_whole:
+            raise NotRead("computes something of parameters alone at the size of its input")
+        if base in ("detach", "alias"):
+            return first
+        if kind == "total" and not self._is_linear(call, base):
+            raise NotRead(f"has a gradient of a parameter that is not linear ({base})")
+        name, uses = f"v{len(self.formulas)}", []
+
+        def text(arg: Any) -> str:
+            if isinstance(arg, Tensor):
+                value = self.of(arg)
+                if value.kind == "number":
+                    return f"full({value.shape}, {text(value.name)}, dtype={value.dtype})"
+                uses.append(value.name)
+                return value.name
+            if isinstance(arg, list | tuple):
+                return f"[{', '.join(map(text, arg))}]"
+            return f"float('{arg}')" if isinstance(arg, float) else repr(arg)
+
+        kwargs = {
+            k: v for k, v in call.kwargs.items() if k not in ("device", "layout", "pin_memory")
+        }
+        given = [*map(text, call.args), *(f"{k}={text(v)}" for k, v in kwargs.items())]
+        self.formulas[name] = f"{call.function}({', '.join(given)})", uses
+        return _Value(kind, name, result.dtype, shape)
+
+    def _is_linear(self, call: _Call, base: str) -> bool:
+        """Whether an operation on sums is linear in them."""
+        values = [self.of(a) if isinstance(a, Tensor) else None for a in call.args]
+        are_totals = [value is not None and value.kind == "total" for value in values]
+        if base in ("add", "sub"):
+            return all(are_totals)
+        if base == "mul" or base.endswith("_backward"):
+            return are_totals.count(True) == 1 and (base == "mul" or are_totals[0])
+        if base == "where":
+            zeros = (v is not None and v[:2] == ("number", 0) for v in values[1:])
+            return not are_totals[0] and all(map(or_, are_totals[1:], zeros))
+        if base == "masked_fill":
+            return values[1] is not None and not are_totals[1] and call.args[2] == 0
+        return base in _LINEAR and not (base == "div" and (are_totals[1] or call.kwargs))
+
+    def _sum(self, call: _Call) -> _Value:
+        value, shape = self.of(call.args[0]), tuple(call.args[0].shape)
+        dims: Any = call.args[1] if len(call.args) > 1 and call.args[1] else range(len(shape))
+        summed = {d % len(shape) for d in ([dims] if isinstance(dims, int) else dims)}
+        channel = len(shape) - len(self.shapes[0]) + 1
+        kept = {axis for axis, size in enumerate(shape) if axis not in summed and size != 1}
+        is_float = call.result.dtype == torch.float32
+        if shape not in self.shapes or kept - {channel} or not is_float or value.mask:
+            raise NotRead("sums over some axes of its input")
+        if len(self.totals) >= MOST_TOTALS:
+            raise NotRead(f"has more than {MOST_TOTALS} sums over neurons")
+        total = _Value("total", f"total{len(self.totals)}", torch.float32, tuple(call.result.shape))
+        self.totals.append((total, self._float(call.args[0])))
+        return total
+
+    # -- a neuron's
+
+    def _of_neuron(self, call: _Call, base: str) -> _Value:
+        result = call.result
+        if base in _SAME:
+            first = call.args[0]
+            results = result if isinstance(result, list | tuple) else [result]
+            sources = first if isinstance(first, list | tuple) else [first]
+            shapes = {tuple(t.shape) for t in (*results, *sources)}
+            if len(results) == len(sources) == 1 and shapes <= set(self.shapes):
+                return self.of(sources[0])._replace(shape=tuple(results[0].shape))
+            raise NotRead(f"has {base}, which is not pointwise")
+        if base == "index":
+            return self._masked(call)
+        masks = {v.mask for v in map(self.of, _tensors_of(call)) if v.kind == "neuron"}
+        mask = "" if base == "index_put" else masks.pop()
+        is_whole = isinstance(result, Tensor) and tuple(result.shape) in self.shapes
+        if not (is_whole or mask) or (masks and base != "index_put"):
+            raise NotRead(f"has {base}, which is not pointwise")
+        if result.dtype not in (torch.float32, torch.bool):
+            raise NotRead(f"computes in {str(result.dtype).removeprefix('torch.')}")
+        name = self._pointwise(call, base)
+        return _Value("neuron", name, result.dtype, tuple(result.shape), mask)
+
+    def _masked(self, call: _Call) -> _Value:
+        """The values of some neurons, as ``x[x > 1]``."""
+        whole, (chosen, *others) = call.args
+        if others or chosen is None or self.of(chosen).dtype != torch.bool or self.of(whole).mask:
+            raise NotRead("has index, which is not pointwise")
+        if self.of(chosen).kind != "neuron" or tuple(chosen.shape) != tuple(whole.shape):
+            raise NotRead("has index, which is not pointwise")
+        shape = tuple(call.result.shape)
+        return self.of(whole)._replace(kind="neuron", mask=self._bool(chosen), shape=shape)
+
+    def _put(self, base: str, args: Any, kwargs: Any) -> str:
+        """Values put in the place of some neurons', as ``y[x > 1] = 0``."""
+        whole, chosen, values = args[:3]
+        if len(chosen) != 1 or tuple(chosen[0].shape) != tuple(whole.shape):
+            raise NotRead("has index_put, which is not pointwise")
+        mask, value = self._bool(chosen[0]), self.of(values)
+        fits = value.mask == mask or value.kind == "number" or values.numel() == 1
+        if value.mask not in ("", mask) or not fits:
+            raise NotRead("has index_put, which is not pointwise")
+        found, before = self._float(values), self._float(whole)
+        if any(args[3:]):  # added to what is there
+            found = self._line("add", before, found)
+        return self._line("where", mask, found, before)
+
+    def _pointwise(self, call: _Call, base: str) -> str:
+        args, kwargs, dtype = call.args, call.kwargs, call.result.dtype
+        if dtype == torch.bool and base not in (*_COMPARE, *_LOGIC, "_to_copy"):
+            raise NotRead(f"has {base} of truth values")
+        if base in _COMPARE:
+            return self._line(base, *(self._float(a) for a in args[:2]))
+        if base in _LOGIC:
+            return self._line(_LOGIC[base], *(self._bool(a) for a in args))
+        if base == "_to_copy":
+            return self._cast(self.of(args[0]), dtype)
+        if (method := _METHODS.get(base)) and (name := getattr(self, method)(base, args, kwargs)):
+            return name
+        changes = kwargs.get("rounding_mode") or kwargs.get("decimals")
+        if base in _PLAIN and not changes:
+            return self._line(base, *(self._float(a) for a in args[: _PLAIN[base]]))
+        raise NotRead(f"has {base}, which is not pointwise or not known")
+
+    def _cast(self, value: _Value, dtype: torch.dtype) -> str:
+        if value.dtype == dtype:
+            return value.name
+        if dtype == torch.float32:
+            return self._line("float", value.name)
+        return self._line("ne", value.name, "0")
+
+    def _choose(self, base: str, args: Any, kwargs: Any) -> str:
+        if base == "where" and len(args) != 3:
+            return ""
+        condition, yes, no = args if base == "where" else (args[1], args[2], args[0])
+        return self._line("where", self._bool(condition), self._float(yes), self._float(no))
+
+    def _add(self, base: str, args: Any, kwargs: Any) -> str:
+        first, second = (self._float(a) for a in (args[:2] if base != "rsub" else args[1::-1]))
+        alpha = args[2] if len(args) > 2 else kwargs.get("alpha", 1)
+        if alpha != 1:
+            second = self._line("scale", second, self._float(alpha))
+        return self._line("add" if base == "add" else "sub", first, second)
+
+    def _add_product(self, base: str, args: Any, kwargs: Any) -> str:
+        whole, first, second = map(self._float, args)
+        if kwargs.get("value", 1) != 1:
+            first = self._line("mul", self._float(kwargs["value"]), first)
+        product = self._line("scale" if base == "addcmul" else "div", first, second)
+        return self._line("add", whole, product)
+
+    def _clamp(self, base: str, args: Any, kwargs: Any) -> str:
+        low = args[1] if len(args) > 1 else kwargs.get("min", kwargs.get("min_val"))
+        high = args[2] if len(args) > 2 else kwargs.get("max", kwargs.get("max_val"))
+        if base == "clamp_max":
+            low, high = None, args[1]
+        name = self._float(args[0])
+        if low is not None:
+            name = self._line("at_least", name, self._float(low))
+        if high is not None:
+            name = self._line("at_most", name, self._float(high))
+        return name
+
+    def _power(self, base: str, args: Any, kwargs: Any) -> str:
+        if isinstance(args[1], Tensor):
+            return ""
+        x, exponent = self._float(args[0]), args[1]
+        if exponent in (2, -2, 3):
+            square = self._line("mul", x, x)
+            if exponent == 3:
+                return self._line("mul", square, x)
+            return square if exponent == 2 else self._line("reciprocal", square)
+        known = {1: "", 0.5: "sqrt", -0.5: "rsqrt", -1: "reciprocal"}
+        if exponent in known:
+            return self._line(known[exponent], x) if known[exponent] else x
+        return self._line("pow", x, self._float(exponent))
+
+    def _line(self, op: str, *args: str) -> str:
+        op = _SAME_AS.get(op, op)
+        self.lines.append((op, args))
+        name = f"t{len(self.lines) - 1}"
+        found = _range_of(op, [self._range(a) for a in args])
+        if op == "sub" and args[0] == args[1]:  # as surrogates write 0, or NaN
+            found = 0.0, 0.0, True
+        if found is not None:
+            self.ranges[name] = found
+        return name
+
+    # -- arguments
+
+    def _float(self, arg: Any) -> str:
+        """The name of a float: a neuron's, an operand or a constant."""
+        if not isinstance(arg, Tensor):
+            return self._constant(arg)
+        value = self.of(arg)
+        if value.kind == "number":
+            return self._constant(value.name)
+        if value.kind == "operand":
+            return self._operand(value)
+        if value.kind == "total":
+            raise NotRead("mixes neurons: it has a sum over them")
+        return self._line("float", value.name) if value.dtype == torch.bool else value.name
+
+    def _bool(self, arg: Any) -> str:
+        value = self.of(arg) if isinstance(arg, Tensor) else None
+        if value is not None and value.kind == "number":
+            return "TRUE" if value.name else "FALSE"
+        if value is None or value.kind != "neuron":
+            raise NotRead("has a condition that is no neuron's")
+        return value.name if value.dtype == torch.bool else self._line("ne", value.name, "0")
+
+    def _constant(self, number: Any) -> str:
+        if not isinstance(number, int | float):
+            raise NotRead(f"has a constant that is a {type(number).__name__}")
+        if type(number) is int and number in (0, 1):
+            return str(number)
+        if len(self.constants) >= MOST_CONSTANTS:
+            raise NotRead(f"has more than {MOST_CONSTANTS} constants")
+        self.constants.append(float(number))
+        return f"c{len(self.constants) - 1}"
+
+    def _operand(self, value: _Value) -> str:
+        axes = len(self.shapes[0])
+        shape = ((1,) * (axes + 1) + value.shape)[-axes:]
+        others = [size for axis, size in enumerate(shape) if axis != 1]
+        if value.dtype != torch.float32 or any(size != 1 for size in others):
+            raise NotRead("has a parameter that is neither a number nor one per channel")
+        if value not in self.operands:
+            if len(self.operands) >= MOST_OPERANDS:
+                raise NotRead(f"has more than {MOST_OPERANDS} values of parameters")
+            self.operands.append(value)
+        return f"p{self.operands.index(value)}"
+
+    def root(self, end: Any) -> str:
+        """The name of a result."""
+        return "0" if end is None else self._float(end)
+
+    # -- whole numbers
+
+    def _range(self, name: str) -> tuple[float, float, bool] | None:
+        if name[0] == "c":
+            number = self.constants[int(name[1:])]
+            return (number, number, number.is_integer()) if math.isfinite(number) else None
+        if name in ("0", "1"):
+            return float(name), float(name), True
+        return self.ranges.get(name)
+
+    def reading(self, outputs: list[str], grads: list[str], of_parameters: list[Any]) -> Reading:
+        """All of it, with what belongs to parameters as functions of torch."""
+        sums = tuple(name for _, name in self.totals)
+        program = Program(tuple(self.lines), tuple(outputs), tuple(grads), sums)
+        low, high, is_whole = self._range(outputs[0]) or (0.0, 0.0, False)
+        high += low < 0 and high - low == 1  # one bit has no sign
+        known = is_whole and 0 < high - low <= 15
+        least, most = (int(low), int(high)) if known else (None, None)
+        exact = not any(program.lines[i][0] in _ROUNDED for i in program.needed(outputs))
+        per_channel: Any = [
+            tuple(math.prod(value.shape) != 1 for value in values)
+            for values in (self.operands, [total for total, _ in self.totals])
+        ]
+        formulas, size = self._formulas(of_parameters), len(of_parameters)
+        about: Any = tuple(self.constants), formulas, size, *per_channel, least, most, exact
+        return Reading(program, *about)
+
+    def _formulas(self, ends: list[Any]) -> Formulas:
+        values = [None if end is None else self.of(end) for end in ends]
+        for value in values:
+            if value is not None and value.kind == "neuron":
+                raise NotRead("has a gradient of a parameter at the size of its input")
+            if value is not None and value.kind != "total" and value[:2] != ("number", 0):
+                raise NotRead("has a gradient of a parameter that is not linear (a constant)")
+        names: list[Any] = [None if v is None else v.name for v in values]
+        for k, value in enumerate(values):
+            if value is not None and value.kind == "number":  # 0, at each step
+                names[k] = f"zero{k}"
+                self.formulas[names[k]] = f"full({value.shape}, 0.0)", []
+        return Formulas(
+            tuple((name, text, tuple(uses)) for name, (text, uses) in self.formulas.items()),
+            tuple(self.parameters),
+            tuple(value.name for value in self.operands),
+            tuple(total.name for total, _ in self.totals),
+            tuple(names),
+            tuple(total.shape for total, _ in self.totals),
+        )
+
+
+def _tensors_of(call: _Call) -> list[Tensor]:
+    found: list[Tensor] = []
+    for arg in (*call.args, *call.kwargs.values()):
+        parts = arg if isinstance(arg, list | tuple) else [arg]
+        found += [part for part in parts if isinstance(part, Tensor)]
+    return found
+
+
+def _range_of(op: str, ranges: list[Any]) -> tuple[float, float, bool] | None:
+    """The least and the most that an operation gives, and whether all between are whole numbers."""
+    if op == "float":
+        return 0.0, 1.0, True
+    if op == "sign":
+        return -1.0, 1.0, True
+    if op == "where":
+        ranges = ranges[1:]
+    known = [r for r in ranges if r is not None]
+    if op in ("at_least", "at_most") and ranges[1] is not None:
+        low, high, whole = ranges[0] or (-math.inf, math.inf, False)
+        bound, _, is_whole = ranges[1]
+        pick: Any = max if op == "at_least" else min
+        return pick(low, bound), pick(high, bound), whole and is_whole
+    if len(known) < len(ranges) or not known:
+        return None
+    lows, highs, wholes = zip(*known, strict=True)
+    if op == "where":
+        return min(lows), max(highs), all(wholes)
+    if op in ("round", "floor", "ceil", "trunc"):
+        pick = {"round": round, "floor": math.floor, "ceil": math.ceil, "trunc": math.trunc}[op]
+        is_finite = math.isfinite(highs[0] - lows[0])
+        return (float(pick(lows[0])), float(pick(highs[0])), True) if is_finite else None
+    if op == "neg":
+        return -highs[0], -lows[0], wholes[0]
+    if op == "add":
+        return lows[0] + lows[1], highs[0] + highs[1], all(wholes)
+    if op == "sub":
+        return lows[0] - highs[1], highs[0] - lows[1], all(wholes)
+    if op == "mul":
+        products = [a * b for a in (lows[0], highs[0]) for b in (lows[1], highs[1])]
+        return min(products), max(products), all(wholes)
+    return None

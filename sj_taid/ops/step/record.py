@@ -1,0 +1,259 @@
+"""A copy of a module that notes what its step reads: the key of all that is made of the step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from functools import cache, partial
+from typing import Any
+
+import numpy as np
+import torch
+from spikingjelly.activation_based import base
+from torch import Tensor, nn
+
+from ..._internal import compat
+from .read import NotRead, Reading, read
+
+#: attributes of these types are a part of the key, by their values
+PLAIN = (bool, int, float, str, type(None), np.generic, torch.dtype)
+#: where a module keeps hooks on its calls
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+#: attributes that every module has, and that a call reads
+_OF_MODULES = {*vars(base.MemoryModule()), *dir(nn.Module)} - {"training", "_step_mode"}
+
+
+class Notes:
+    """What a step reads of a module and of the modules within, by dotted names."""
+
+    def __init__(self) -> None:
+        self.states: dict[str, None] = {}
+        self.numbers: dict[str, None] = {}
+        self.tensors: dict[str, None] = {}
+        self.modules: dict[str, None] = {}
+        #: of modules within, during a step, and the attributes that they were given
+        self.copies: dict[int, Any] = {}
+
+    def add(self, others: Notes) -> None:
+        """Note what others have noted."""
+        for mine, theirs in zip(vars(self).values(), vars(others).values(), strict=True):
+            mine.update(theirs)
+
+    def note(self, path: str, owner: Any, value: Any, tensors: dict[str, Tensor]) -> Any:
+        """Note an attribute; gives what stands for it."""
+        if path in _OF_MODULES or path.startswith("__"):
+            return value
+        if isinstance(value, nn.Module):
+            return self._note_module(path, value)
+        if _is_of_class(owner, path, value):
+            return value
+        if isinstance(value, Tensor):
+            if path not in tensors:
+                raise NotRead(f"reads {path!r}, a tensor of its class")
+            self.tensors[path] = None
+            return tensors[path]
+        self._note_number(path, value)
+        return value
+
+    def _note_module(self, path: str, module: Any) -> Any:
+        """Note a module within, and all its numbers; gives a copy that has no other attributes.
+
+        Of its own class, since it may be looked at.
+        """
+        self.modules[path] = None
+        own = vars(module)
+        if any(own.get(hooks) for hooks in HOOKS):
+            raise NotRead(f"calls a module with hooks ({path})")
+        if own["_parameters"] or own["_buffers"] or own["_modules"]:
+            raise NotRead(f"calls a module with parameters or modules of its own ({path})")
+        copied, kept = object.__new__(type(module)), {}
+        for name, value in (_numbers_of_class(type(module)) | own).items():
+            if name in _OF_MODULES:
+                kept[name] = value
+            elif _is_plain(value):
+                self.numbers[f"{path}.{name}"] = None
+                kept[name] = value
+        kept = {name: value for name, value in kept.items() if name in own}
+        vars(copied).update(kept)
+        self.copies[id(copied)] = copied, kept
+        return copied
+
+    def _note_number(self, path: str, value: Any) -> None:
+        if not _is_plain(value):
+            kind = type(value).__name__
+            raise NotRead(f"reads its attribute {path!r}, a {kind}, which may change unseen")
+        self.numbers[path] = None
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether an attribute is a number or the like, or a tuple of such."""
+    parts = value if isinstance(value, tuple) else (value,)
+    return all(isinstance(part, PLAIN) or _is_number(part) for part in parts)
+
+
+def _numbers_of_class(kind: type) -> dict[str, Any]:
+    """The plain attributes that a class gives its instances."""
+    found: dict[str, Any] = {}
+    for own in reversed(kind.__mro__):
+        if own is not object and not issubclass(nn.Module, own):
+            found |= {n: v for n, v in vars(own).items() if isinstance(v, PLAIN) and n[:2] != "__"}
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, np.ndarray) and value.ndim == 0
+
+
+def _is_of_class(owner: Any, name: str, value: Any) -> bool:
+    """Whether it is a function or a property of the class, which the key has."""
+    if name in vars(owner):
+        return False
+    return callable(value) or isinstance(getattr(type(owner), name, None), property)
+
+
+def recording(module: Any, notes: Notes, tensors: Any) -> Any:
+    """A shallow copy of ``module`` that notes what is read of it; it may set its states alone."""
+    kind: Any = getattr(module, "_taid_kind", type(module))
+    copied: Any = object.__new__(_recording_class(kind))
+    own = copied.__dict__
+    own.update(vars(module))
+    for name in ("_parameters", "_buffers", "_modules", "_memories"):
+        if name in own:
+            own[name] = dict(own[name])
+    own["_taid_notes"] = notes, tensors
+    return copied
+
+
+@cache
+def _recording_class(kind: Any) -> Any:
+    """A subclass of ``kind`` whose instances note what is read of them."""
+
+    def __getattribute__(self: Any, name: str) -> Any:
+        own = object.__getattribute__(self, "__dict__")
+        if "_taid_notes" in own and name in own["_taid_notes"][1]:  # a property may give it, too
+            notes, tensors = own["_taid_notes"]
+            notes.tensors[name] = None
+            return tensors[name]
+        value = kind.__getattribute__(self, name)
+        return value if name == "__dict__" else _noted(self, name, value)
+
+    def __getattr__(self: Any, name: str) -> Any:
+        try:
+            value = kind.__getattr__(self, name)
+        except AttributeError as error:
+            raise NotRead(f"asks for {name!r}, which it does not have") from error
+        return _noted(self, name, value)
+
+    def __setattr__(self: Any, name: str, value: Any) -> None:
+        if name not in vars(self).get("_memories", ()):
+            raise NotRead(f"sets its attribute {name!r}")
+        vars(self)["_memories"][name] = value
+
+    names: dict[str, Any] = {"__getattribute__": __getattribute__, "__setattr__": __setattr__}
+    names |= {"__getattr__": __getattr__, "__init_subclass__": lambda **kwargs: None}
+    names |= {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    return type(kind.__name__, (_Quiet, kind), names)
+
+
+class _Quiet:
+    """Leaves out the hook of a class that keeps a list of its subclasses."""
+
+    def __init_subclass__(cls) -> None: ...
+
+
+def _noted(self: Any, name: str, value: Any) -> Any:
+    own = object.__getattribute__(self, "__dict__")
+    about = own.get("_taid_notes")
+    if about is None or name == "_taid_notes":
+        return value
+    notes, tensors = about
+    if name in own.get("_memories", ()):
+        notes.states[name] = None
+        return value
+    return notes.note(name, self, value, tensors)
+
+
+class Neuron:
+    """A neuron's step as it can be read: how it runs on a copy, its states and tensors."""
+
+    def __init__(
+        self,
+        node: Any,
+        run: Callable[[Any, Tensor, dict[str, Any]], Any],
+        only: Collection[str] | None = None,
+    ) -> None:
+        """``run(copy, x, states)`` gives the output and the next states by name.
+
+        ``only``: the tensors that are read, if that is known.
+        """
+        self.node, self.run = node, run
+        memories = vars(node).get("_memories", {})
+        self.states = [name for name, value in memories.items() if is_state(name, value)]
+        self.tensors: dict[str, Tensor] = {}
+        if hasattr(node, "_taid_tensors"):
+            given = node._taid_tensors()
+            self.tensors = dict(zip(("w", "v_threshold")[-len(given) :], given, strict=True))
+            return
+        for home in (node._parameters, node._buffers, vars(node)):
+            found = {n: t for n, t in home.items() if isinstance(t, Tensor)}
+            self.tensors |= {n: t for n, t in found.items() if only is None or n in only}
+
+    def read(self, shape: Sequence[int]) -> tuple[Reading, Notes]:
+        """The step for inputs of this shape, and what it reads."""
+        notes = Notes()
+        tensors = list(self.tensors.values())
+        return read(partial(self.step, notes), len(self.states), tensors, shape), notes
+
+    def step(
+        self, notes: Notes, x: Tensor, states: Sequence[Any], tensors: Sequence[Tensor]
+    ) -> tuple[Tensor, list[Any]]:
+        """One step of a copy with other states and tensors."""
+        copied = recording(self.node, notes, dict(zip(self.tensors, tensors, strict=True)))
+        memories = copied.__dict__["_memories"]
+        copied.__dict__["_store_v_seq"] = False  # a call keeps every voltage, not a step
+        if getattr(self.run, "as_in_training", False):
+            copied.__dict__["training"] = True
+        memories.update(zip(self.states, states, strict=True))
+        others = {k: v for k, v in memories.items() if k not in self.states}
+        own = dict(vars(copied))
+        output, after = self.run(copied, x, memories)
+        if _is_changed(vars(copied), own):
+            raise NotRead("sets an attribute")
+        if any(_is_changed(vars(module), kept) for module, kept in notes.copies.values()):
+            raise NotRead("changes a module within it")
+        notes.copies.clear()
+        if after is not memories and notes.states:
+            name = next(iter(notes.states))
+            raise NotRead(f"reads its state {name!r} of itself, not of what it is given")
+        for name, value in others.items():
+            if after.get(name, value) is not value:
+                raise NotRead(f"changes its state {name!r}, which is no number or tensor")
+        return output, [after[name] for name in self.states]
+
+    def starts(self, x_seq: Tensor) -> list[Any]:
+        """The states that a new neuron's first step is given: numbers where it makes no tensors."""
+        memories = vars(self.node)["_memories"]
+        values = {n: 0.0 if isinstance(v, Tensor) else v for n, v in memories.items()}
+        make = getattr(self.node, "materialize_states", None)
+        if make is not None and self.run.__module__ == compat.__name__:
+            values = dict(zip(values, make((x_seq,), tuple(values.values()), "m"), strict=True))
+        return [values[name] for name in self.states]
+
+    def run_sequence(self, x_seq: Tensor, states: Any, tensors: Any) -> list[Tensor]:
+        """The outputs of a sequence, step by step, and the last states."""
+        outputs = []
+        for x in x_seq:
+            output, states = self.step(Notes(), x, states, tensors)
+            outputs.append(output)
+        return [torch.stack(outputs), *states]
+
+
+def _is_changed(now: dict[str, Any], before: dict[str, Any]) -> bool:
+    """Whether an attribute is another object."""
+    return now.keys() != before.keys() or any(now[k] is not v for k, v in before.items())
+
+
+def is_state(name: str, value: Any) -> bool:
+    """Whether a memory is a state: not every voltage, which 0.0.0.0.14 keeps among them."""
+    if name == "v_seq":
+        return False
+    return isinstance(value, float | int | Tensor) and not isinstance(value, bool)

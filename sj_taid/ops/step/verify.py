@@ -1,0 +1,118 @@
+"""The check of a reading: what is compiled computes what the step computes, or does not run."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from ..alif.autograd import apply_fused
+from ..alif.plan import ENGINES, find_plan, spec_of
+from .read import NotRead, Reading, _same
+from .record import Neuron
+
+#: steps, and how far two results may be apart, relative to 1 and to the size of theirs
+_STEPS, _FAR = 3, 1e-3
+#: what part of the neurons may differ where values are equal to rounding alone: a spike's threshold
+_FEW = 0.02
+
+_ASK = "please report it with the neuron's class"
+
+_checked: set[Any] = set()
+
+
+def verify(neuron: Neuron, reading: Reading, shape: tuple[int, ...]) -> str | None:
+    """Why compiled rows are not used: they differ from the step. Once a structure, in a process."""
+    kind = getattr(neuron.node, "_taid_kind", type(neuron.node))
+    key = kind, reading.program, reading.formulas, reading.operand_channels, reading.total_channels
+    if key in _checked or 0 in shape[1:2]:
+        return None
+    sizes = (4, *shape[1:2], *[3] * (len(shape) - 2))
+    with (
+        torch.random.fork_rng(devices=()),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast("cpu", enabled=False),
+        saved_tensors_hooks(_same, _same),  # not those of the caller, which may count
+    ):
+        try:
+            pairs = [
+                pair
+                for are_tensors in (True, False)
+                for pair in _results(neuron, reading, sizes, are_tensors)
+            ]
+        except NotRead:
+            raise
+        except Exception as error:
+            kind, text = type(error).__name__, str(error).strip().partition("\n")[0]
+            return (
+                f"its step does not compile ({kind}: {text[:100]}), so the plain class runs: {_ASK}"
+            )
+        if any(_differs(a, b, is_end, reading.exact) for a, b, is_end in pairs):
+            return (
+                "compiled, its step gives other values than in torch, so the plain class runs: "
+                + _ASK
+            )
+    _checked.add(key)
+    return None
+
+
+def _results(neuron: Neuron, reading: Reading, sizes: Any, are_tensors: bool) -> Any:
+    """Outputs, states and gradients of the step in torch, and of the compiled rows.
+
+    Not ``are_tensors``: the states start as a new neuron's, of which a step may make others.
+    """
+    generator = torch.Generator().manual_seed(0)
+    normal: Any = partial(torch.randn, generator=generator, dtype=torch.float32, device="cpu")
+    x, *states = normal(_STEPS, *sizes).mul_(2), *(normal(sizes).mul_(0.5) for _ in neuron.states)
+    upstream = [normal(t.shape) for t in (x, *states)]
+    starts = [0.0] * len(states)
+    if not are_tensors:
+        states = neuron.starts(x)
+        starts = [0.0 if isinstance(s, Tensor) else float(s) for s in states]
+    tensors = [t.detach().to("cpu", torch.float32, copy=True) for t in neuron.tensors.values()]
+    found = []
+    for run in (neuron.run_sequence, partial(_run, reading, starts)):
+        given, split = [x, *states, *tensors], 1 + len(states)
+        given = [t.clone().requires_grad_() if isinstance(t, Tensor) else t for t in given]
+        ends = run(given[0], given[1:split], given[split:])
+        leaves = [t for t in given if isinstance(t, Tensor)]
+        pairs = [(e, g) for e, g in zip(ends, upstream, strict=True) if e.requires_grad]
+        grads: Any = [None] * len(leaves)
+        if pairs:
+            roots, gs = zip(*pairs, strict=True)
+            grads = torch.autograd.grad(roots, leaves, gs, allow_unused=True)
+        found.append([*ends, *grads])
+    results = list(zip(*found, strict=True))
+    if not torch.equal(*results[0]):
+        results = results[: len(results) - len(tensors)]
+    return [(a, b, k <= len(states)) for k, (a, b) in enumerate(results)]
+
+
+def _run(reading: Reading, starts: Any, x: Tensor, states: Any, tensors: Any) -> list[Tensor]:
+    per_channel = any((*reading.operand_channels, *reading.total_channels))
+    spec = spec_of(x, reading, per_channel, saves=True)
+    plan = find_plan(ENGINES["cpu"], spec)
+    states = [s if isinstance(s, Tensor) else None for s in states]
+    output, *last, _, _ = apply_fused(plan, tuple(starts), "", x, *states, *tensors, *[None] * 4)
+    return [output, *last]
+
+
+def _differs(a: Tensor | None, b: Tensor | None, is_end: bool, exact: bool) -> bool:
+    """Whether two results are too far apart; of an exact reading ends are equal to the bit."""
+    if a is None or b is None:
+        return any(t is not None and bool(t.detach().any()) for t in (a, b))
+    a, b = a.detach(), b.detach()
+    if is_end and exact:
+        return not torch.equal(a.nan_to_num(nan=0.5), b.nan_to_num(nan=0.5))
+    far = ~torch.isclose(
+        a,
+        b,
+        rtol=_FAR,
+        atol=_FAR * max(1.0, float(a.nan_to_num(0, 0, 0).abs().max())),
+        equal_nan=True,
+    )
+    return int(far.sum()) > (0 if exact else _FEW * far.numel())

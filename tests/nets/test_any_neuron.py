@@ -1,0 +1,207 @@
+"""``accelerate`` of all neurons of SpikingJelly's and of one's own, next to the plain net."""
+
+import copy
+import pickle
+from functools import partial
+
+import pytest
+import torch
+from spikingjelly.activation_based import functional, layer, neuron
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+pytest.importorskip("numba", reason="needs numba: pip install numba")
+import sj_taid
+from sj_taid._internal import graph
+from sj_taid._internal.compat import FUNCTIONAL_STATES
+from sj_taid.fused_neuron import Accelerated
+from tests.nets.own_neurons import (
+    GLIF,
+    OWN,
+    AdaptiveThreshold,
+    Refractory,
+    Ternary,
+    ThreeStates,
+)
+
+#: what a constructor needs
+ARGUMENTS = {"SimpleLIFNode": {"tau": 3.0, "decay_input": True}}
+#: SpikingJelly's neurons whose own step is read
+READ = {
+    *("IFNode", "LIFNode", "ParametricLIFNode", "KLIFNode", "QIFNode", "EIFNode"),
+    "IzhikevichNode",
+    *("ILIFNode", "CUBALIFNode", "ComplementaryLIFNode", "RAFNode", "TernaryIFNode"),
+    "SimpleIFNode",
+    *("TernaryLIFNode", "HalfThresholdIFNode", "SimpleLIFNode"),
+}  # fmt: skip
+
+
+def theirs(name):
+    node = getattr(neuron, name)(**ARGUMENTS.get(name, {}))
+    node.step_mode = "m"
+    return node
+
+
+NAMES = sorted(name for name in READ if hasattr(neuron, name))
+MAKERS = {name: partial(theirs, name) for name in NAMES} | {kind.__name__: kind for kind in OWN}
+
+
+def net_of(node, gain=1.5):
+    net = nn.Sequential(
+        *(
+            layer.Conv2d(2, 4, 3, padding=1, bias=False),
+            layer.BatchNorm2d(4),
+            node,
+            layer.Conv2d(4, 3, 3),
+        ),
+    )
+    functional.set_step_mode(net, "m")
+    nn.init.constant_(net[1].weight, gain)
+    return net
+
+
+def images(steps=4):
+    return torch.randn(steps, 2, 2, 6, 5)
+
+
+def results(net, x, steps=1):
+    """Outputs, gradients by name, and the neuron's states."""
+    found = {}
+    net.zero_grad()
+    for step in range(steps):
+        x = x.detach().clone().requires_grad_()
+        y = net(x)
+        (y * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum().backward()
+        found |= {f"output {step}": y.detach(), f"grad of x {step}": x.grad}
+        functional.detach_net(net)
+    found |= {f"grad of {n}": p.grad for n, p in net.named_parameters()}
+    states = {n: v for n, v in net[2]._memories.items() if n != "v_seq"}
+    return found | {n: torch.as_tensor(v).detach() for n, v in states.items()}
+
+
+def assert_alike(got, want, tolerance=1e-5):
+    assert got.keys() == want.keys()
+    floor = 1e-2 * max(
+        float(t.abs().max()) for n, t in want.items() if "grad" in n and t is not None
+    )
+    for name, have in got.items():
+        plain = want[name]
+        assert (have is None) == (plain is None), name
+        if have is not None:
+            bound = tolerance * max(float(plain.abs().max()), floor if "grad" in name else 1.0)
+            assert have.dtype == plain.dtype and have.shape == plain.shape
+            assert float((have - plain).abs().max()) <= bound, name
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_neuron_equals_its_class(name):
+    """Behind a norm in evaluation a net's outputs are equal to the bit, or as the report says."""
+    plain = net_of(MAKERS[name]())
+    fast = copy.deepcopy(plain)
+    report = sj_taid.accelerate(fast)
+    assert isinstance(fast[2], Accelerated), report
+    x = images()
+    seen = []
+    for net in (plain, fast):
+        node = copy.deepcopy(net[2])
+        x_seq = (torch.arange(4 * 2 * 4 * 30).view(4, 2, 4, 6, 5) % 17 / 6 - 1).requires_grad_()
+        node(x_seq).pow(2).sum().backward()
+        spikes = node(x_seq)
+        seen.append([spikes.detach(), x_seq.grad])
+    if "to rounding" in str(report):
+        torch.testing.assert_close(seen[1][0], seen[0][0], rtol=1e-6, atol=1e-6)
+    else:
+        assert torch.equal(seen[1][0], seen[0][0])
+    torch.testing.assert_close(
+        seen[1][1], seen[0][1], rtol=1e-5, atol=1e-5 * float(seen[0][1].abs().max())
+    )
+    assert_alike(results(fast, x, 2), results(plain, x, 2), 2e-5)
+
+
+def test_every_other_neuron_has_a_reason():
+    kinds = [
+        k for k in vars(neuron).values() if isinstance(k, type) and issubclass(k, neuron.BaseNode)
+    ]
+    notes = {}
+    for kind in kinds:
+        if kind.__name__ not in READ:
+            try:
+                node = kind()
+            except (TypeError, ValueError):
+                continue
+            node._step_mode = "m"
+            (row,) = sj_taid.accelerate(nn.Sequential(node)).rows
+            notes[kind.__name__] = row.note
+            assert not isinstance(node, Accelerated) and row.note, kind
+    assert len(NAMES) >= (15 if FUNCTIONAL_STATES else 7)
+
+
+@pytest.mark.parametrize("kind", [*OWN, "LIFNode", "KLIFNode"])
+def test_a_norm_and_a_neuron_keep_few_bytes(kind):
+    plain = net_of(MAKERS[kind if isinstance(kind, str) else kind.__name__]())[1:]
+    fast, kept = copy.deepcopy(plain), []
+    sj_taid.accelerate(fast)
+    x = torch.randn(4, 4, 4, 16, 16)
+    for net in (plain, fast):
+        leaf = x.clone().requires_grad_()
+        _, size = graph.record_saved(partial(net, leaf), [leaf, *net.parameters()])
+        kept.append(size)
+    assert kept[1] <= 0.35 * kept[0]
+
+
+@pytest.mark.parametrize("kind", [GLIF, Ternary, ThreeStates])
+def test_copies_checkpoints_and_unaccelerate_give_the_same(kind):
+    plain = net_of(kind())
+    fast, x = copy.deepcopy(plain), images()
+    sj_taid.accelerate(fast)
+    want = results(fast, x)
+    functional.reset_net(fast)
+    for made in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        assert isinstance(made[2], Accelerated)
+        for name, tensor in results(made, x).items():
+            assert torch.equal(tensor, want[name]), name
+    leaf = x.clone().requires_grad_()
+    y = checkpoint(lambda x: (functional.reset_net(fast), fast(x))[1], leaf, use_reentrant=False)
+    (y * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum().backward()
+    assert torch.equal(y, want["output 0"]) and torch.equal(leaf.grad, want["grad of x 0"])
+    sj_taid.unaccelerate(fast)
+    functional.reset_net(fast)
+    assert type(fast[2]) is kind and vars(fast[2]).keys() == vars(plain[2]).keys()
+    assert_alike(results(fast, x), results(plain, x), 0.0)
+
+
+def test_second_derivatives_are_refused_with_the_remedy():
+    node = AdaptiveThreshold()
+    sj_taid.accelerate(nn.Sequential(node))
+    x = images().requires_grad_()
+    (grad,) = torch.autograd.grad(node(x).pow(2).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="unaccelerate"):
+        grad.sum().backward()
+
+
+def test_bfloat16_computes_in_float32():
+    node = Refractory()
+    sj_taid.accelerate(nn.Sequential(node))
+    x = images().bfloat16().requires_grad_()
+    want = copy.deepcopy(node)(x.detach().float())
+    y = node(x)
+    y.sum().backward()
+    assert y.dtype == x.grad.dtype == torch.bfloat16 and torch.equal(y.float(), want)
+
+
+@pytest.mark.parametrize("steps", [1, 9])
+@pytest.mark.parametrize("shape", [(0, 4, 2, 2), (1, 4, 1, 1), (3, 4, 1, 1), (7, 4, 3, 5)])
+def test_spikes_below_zero_come_back_from_four_bits(steps, shape):
+    """Odd numbers of neurons too, whose bytes hold the values of two steps."""
+    node = Ternary()
+    sj_taid.accelerate(nn.Sequential(node))
+    x = torch.randn(steps, *shape).mul(2).requires_grad_()
+    spikes = node(x)
+    weight = torch.ones((), requires_grad=True)
+    _, size = graph.record_saved(lambda: spikes * weight, [x])
+    if spikes.numel():
+        assert {-1.0, 0.0, 1.0} >= {
+            *spikes.detach().unique().tolist()
+        } and size <= spikes.numel() // 2 + 8
+    (spikes * weight).pow(1).sum().backward()
+    assert weight.grad == spikes.sum()

@@ -1,0 +1,455 @@
+"""What is compiled of a step computes what the step computes, or the step is not read."""
+
+import copy
+import random
+import warnings
+from functools import partial
+from operator import attrgetter
+
+import numpy as np
+import pytest
+import torch
+from spikingjelly.activation_based import functional, neuron, surrogate
+from torch import nn
+
+pytest.importorskip("numba", reason="needs numba: pip install numba")
+from sj_taid import accelerate
+from sj_taid._internal import compat
+from sj_taid.fused_neuron import _NAMES, read_neuron
+from sj_taid.ops.alif import cpu  # noqa: F401, which enters its engine
+from sj_taid.ops.step.read import NotRead, read
+from sj_taid.ops.step.verify import _run
+from tests.nets import own_neurons
+
+#: ``[N, *]``: images, rows of features, one channel, one neuron, a batch of one
+SHAPES = [(3, 4, 2, 5), (2, 4, 3), (5, 4), (1, 1), (1, 4, 1), (4, 1, 3), (2, 1, 2, 2), (1, 4, 3, 2)]
+SMOOTH = [
+    *(torch.tanh, torch.sigmoid, torch.sin, torch.cos, torch.atan, torch.erf),
+    *(lambda a: (a * a + 1).log(), lambda a: a.clamp(max=2).exp(), lambda a: (a * a + 1).sqrt()),
+    lambda a: (a.abs() + 1) ** -1.5,
+]
+BRANCHES = [
+    *(torch.relu, torch.abs, lambda a: a.clamp(-1, 1), lambda a: (a * 3).round() / 3),
+    *(lambda a: surrogate.ATan()(a - 0.3), own_neurons.Triangle()),
+    lambda a: a.masked_fill(a > 1, 0.3),
+    *(lambda a: (a >= 0.1).to(a), lambda a: torch.where(a < 0, -0.5, a), torch.sign, torch.floor),
+    lambda a: torch.where((a > 0) & ~(a > 1), a, a.detach()),
+]  # fmt: skip
+SAME = [
+    *(torch.neg, torch.Tensor.detach, torch.clone, lambda a: a * 0.3 + 1, lambda a: 1 - a),
+    *(lambda a: a.reshape(a.shape), lambda a: a.unsqueeze(0).squeeze(0), lambda a: a[:]),
+    *(lambda a: torch.stack([a])[0], lambda a: a + torch.zeros_like(a).fill_(0.2), lambda a: a / 3),
+]
+PAIRS = [
+    *(torch.add, torch.sub, torch.mul, lambda a, b: torch.add(a, b, alpha=2), torch.addcmul),
+    *(lambda a, b: a / (b * b + 1), lambda a, b: a.clone().mul_(b).add_(0.5)),
+]
+PAIRS.remove(torch.addcmul)
+BRANCHES_OF_PAIRS = [torch.minimum, torch.maximum, lambda a, b: torch.where(a > b, a, b * 0.5)]
+
+
+def put(a, b):
+    a = a + b
+    a[b > 0] = 0.25
+    a[a <= b] *= 0.5
+    return a
+
+
+def with_item(z, value):
+    z = z.clone()
+    z[:1] = value
+    return z
+
+
+BRANCHES_OF_PAIRS.append(put)
+#: what must be seen for what it is: not pointwise, random, of a shape, or known at the call alone
+POISON = [
+    *(lambda a: a.flip(0), lambda a: a.roll(1, 0), lambda a: a.cumsum(0), lambda a: a.softmax(-1)),
+    *(lambda a: a - a.mean(), lambda a: a - a.sum(0, keepdim=True), lambda a: a - a.amax(1, True)),
+    *(lambda a: a.sort(0).values, lambda a: a + torch.rand(1), lambda a: a + torch.rand_like(a)),
+    *(lambda a: a * a.flatten()[0].item(), lambda a: a if a.sum() > 0 else -a),
+    lambda a: a / len(a),
+    *(lambda a: a / a.numel(), lambda a: a / a.shape[1], lambda a: a + torch.as_tensor(a.tolist())),
+    *(lambda a: a.bernoulli(), lambda a: torch.dropout(a, 0.5, True)),
+    lambda a: a * (a @ a.mT).mean(),
+    *(lambda a: a + torch.ones_like(a).cumsum(0), lambda a: a * torch.ones_like(a).softmax(0)),
+    *(lambda a: a + with_item(torch.zeros_like(a), 1), lambda a: with_item(a, 1)),
+    *(lambda a: a + torch.cat([a[:1] * 0, torch.ones_like(a[1:])]), lambda a: a.double().float()),
+    *(lambda a: a + torch.zeros_like(a).cauchy_(), lambda a: a * torch.ones_like(a).norm()),
+    *(lambda a: a.double() * 2, lambda a: (a > 0) + (a > 1) + 0 * a, lambda a: a.half().float()),
+    *(lambda a: a + torch.empty_like(a), lambda a: a.view(-1).view(a.shape), lambda a: a.t().t()),
+    *(lambda a: a + torch.arange(a.shape[-1]), lambda a: torch.where(a > 0, a > 1, a > -1) * a),
+    *(lambda a: a * torch.ones(a.shape[1]).sum(), lambda a: a + torch.eye(1).sum() * a.dim()),
+    *(lambda a: torch.from_numpy(a.detach().numpy()) + a, lambda a: a + next(COUNTER)),
+    *(lambda a: a * torch.arange(2, 3), lambda a: a * torch.tensor(1.0).add_(1)),
+]  # fmt: skip
+COUNTER = iter(range(10**9))
+
+
+class Random:
+    """A random step of states and parameters, as a list of operations on what is there."""
+
+    def __init__(self, seed, poison=None):
+        rng = random.Random(seed)
+        self.states, self.shape = rng.choice([1, 1, 2, 3]), rng.choice(SHAPES)
+        self.steps = rng.choice([1, 3, 5])
+        channels = self.shape[1], *[1] * (len(self.shape) - 2)
+        of_each = [torch.Size(()), torch.Size(channels), torch.Size((1, *channels))]
+        self.sizes = [rng.choice(of_each) for _ in range(rng.randrange(4))]
+        ones = SAME + (SMOOTH if seed % 2 else BRANCHES)
+        twos = PAIRS[:-1] + (PAIRS[-1:] if seed % 2 else BRANCHES_OF_PAIRS)
+        many, self.lines = 1 + self.states, []
+        for k in range(rng.randrange(4, 9)):
+            kind = rng.random()
+            if kind < 0.45 or k == len(self.sizes) == 0:
+                line = rng.choice(twos), rng.randrange(many), rng.randrange(many)
+            elif kind < 0.7 and self.sizes:
+                line = (
+                    rng.choice(["scale", "shift", "gate"]),
+                    rng.randrange(many),
+                    rng.randrange(len(self.sizes)),
+                )
+            else:
+                line = rng.choice(ones), rng.randrange(many), None
+            self.lines.append(line)
+            many += 1
+        if poison:
+            self.lines.insert(0, (poison, rng.randrange(1 + self.states), None))
+            self.lines.append((torch.add, many, 1 + self.states))
+
+    def __call__(self, x, states, parameters):
+        values = [x, *states]
+        for function, first, second in self.lines:
+            a = values[first]
+            if function == "scale":
+                a = a * parameters[second]
+            elif function == "shift":
+                a = a + parameters[second].tanh() * 0.5
+            elif function == "gate":
+                a = a / (1 + parameters[second].detach() ** 2)
+            else:
+                a = function(a) if second is None else function(a, values[second])
+            values.append(a)
+        ends = [
+            (v * 0.9 + s * 0.25 + x * 0.3).clamp(-2, 2)
+            for v, s in zip(values[-self.states :], states, strict=False)
+        ]
+        return values[-1] + 0.1 * values[1], ends
+
+
+def leaves_of(step, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(1)
+    sizes = [(step.steps, *step.shape), *[step.shape] * step.states, *step.sizes]
+    return [torch.randn(s, generator=generator).to(dtype).requires_grad_() for s in sizes]
+
+
+def by_torch(step, x_seq, states, parameters):
+    outputs = []
+    for x in x_seq:
+        output, states = step(x, states, parameters)
+        outputs.append(output)
+    return [torch.stack(outputs), *states]
+
+
+def results(run, step, leaves):
+    """Outputs, last states, and the gradient of each leaf."""
+    split = 1 + step.states
+    ends = run(leaves[0], leaves[1:split], leaves[split:])
+    generator = torch.Generator().manual_seed(2)
+    lost = [(end.double() * torch.randn(end.shape, generator=generator)).sum() for end in ends]
+    loss = sum(lost)
+    grads = (
+        torch.autograd.grad(loss, leaves, allow_unused=True)
+        if loss.requires_grad
+        else [None] * len(leaves)
+    )
+    return [t if t is None else t.detach() for t in (*ends, *grads)]
+
+
+def check(step):
+    """Whether a step is read; if so, all that is compiled of it must be equal."""
+    leaves = leaves_of(step)
+    try:
+        reading = read(step, step.states, leaves[1 + step.states :], step.shape)
+    except NotRead:
+        return False
+    got = results(partial(_run, reading, [0.0] * step.states), step, leaves)
+    want = results(partial(by_torch, step), step, leaves)
+    exact = results(partial(by_torch, step), step, leaves_of(step, torch.float64))
+    ends = 1 + step.states
+    has_branches = any(
+        op in ("ge", "gt", "le", "lt", "round", "sign", "floor") for op, _ in reading.program.lines
+    )
+    for k, (a, b, best) in enumerate(zip(got, want, exact, strict=True)):
+        assert (a is None) == (b is None), f"gradient {k - ends}: {a}, expected {b}"
+        if a is None:
+            continue
+        assert a.shape == b.shape and a.dtype == b.dtype
+        if reading.exact and k < ends:
+            assert torch.equal(a, b), f"output {k}"
+        best = b.double() if has_branches else best  # in float64 a branch may be the other one
+        size = float(best.abs().max())
+        bound = 20 * float((b.double() - best).abs().max()) + 1e-5 * max(
+            size, 1e-3 * a.numel() ** 0.5
+        )
+        assert float((a.double() - best).abs().max()) <= bound, (
+            f"result {k} of {ends} and gradients"
+        )
+    return True
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_random_step_is_read_and_equal(seed):
+    assert check(Random(seed))
+
+
+@pytest.mark.fuzz
+@pytest.mark.parametrize("seed", range(1000, 1300))
+def test_many_random_steps_are_equal(seed):
+    check(Random(seed, random.Random(seed).choice([None, *POISON])))
+
+
+@pytest.mark.parametrize("poison", POISON)
+def test_what_is_not_pointwise_is_refused_or_equal(poison):
+    for seed in range(2):
+        check(Random(seed, poison))
+
+
+class Plain(own_neurons.Own):
+    """What the following differ from."""
+
+    def step(self, x, v):
+        v = v * 0.5 + x
+        spike = self.surrogate_function(v - self.v_threshold)
+        return spike, v * (1 - spike)
+
+
+class Looks(Plain):
+    """Its step reads more: ``look`` gives what x is multiplied by."""
+
+    def __init__(self, look, **attributes):
+        super().__init__()
+        type(self).look = look
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+    def step(self, x, v):
+        return super().step(x * self.look(x, v), v)
+
+
+GLOBAL = torch.tensor(0.5)
+
+
+def closure(value):
+    return lambda self, x, v: value * 2
+
+
+def sets(self, x, v):
+    self.calls = getattr(self, "calls", 0) + 1
+    return 1.0
+
+
+def writes(self, x, v):
+    vars(self)["calls"] = 1
+    return 1.0
+
+
+def swallows(self, x, v):
+    try:
+        return 2.0 if v.sum() > 0 else 3.0
+    except Exception:
+        return 4.0
+
+
+def hooked():
+    module = surrogate.Sigmoid()
+    module.register_forward_hook(lambda *args: None)
+    return module
+
+
+#: words of the reason -> what the step looks at, and the neuron's further attributes
+REFUSED = {
+    "has mm": (lambda self, x, v: x @ torch.ones(x.shape[1], x.shape[1]), {}),
+    "random": (lambda self, x, v: torch.rand_like(x), {}),
+    "random numbers": (lambda self, x, v: torch.dropout(x, 0.5, True), {}),
+    "a value of a tensor": (lambda self, x, v: x.sum().item(), {}),
+    "asks for a value": (lambda self, x, v: 1.0 if v.sum() > 0 else 2.0, {}),
+    "asks for a": (swallows, {}),
+    "traced": (lambda self, x, v: float(x.detach().numpy().sum()), {}),
+    "sets its attribute 'calls'": (sets, {"calls": 0}),
+    "sets an attribute": (writes, {}),
+    "parameters or modules": (lambda self, x, v: self.inner(x), {"inner": nn.Conv2d(4, 4, 1)}),
+    "hooks": (lambda self, x, v: self.inner(x), {"inner": hooked()}),
+    "changes a module": (
+        lambda self, x, v: setattr(self.inner, "alpha", 5.0) or 1.0,
+        {"inner": surrogate.ATan()},
+    ),
+    "reads a tensor": (lambda self, x, v: GLOBAL, {}),
+    "no parameter": (closure(torch.ones(())), {}),
+    "computes in float64": (lambda self, x, v: x.double().cos().float(), {}),
+    "mixes neurons": (lambda self, x, v: x.sum(), {}),
+    "sums over some axes": (lambda self, x, v: x.sum(-1, keepdim=True), {}),
+    "mean": (lambda self, x, v: x.mean(), {}),
+    "a dict": (lambda self, x, v: self.table["a"], {"table": {"a": 2.0}}),
+    "a list": (lambda self, x, v: self.table[0], {"table": [2.0]}),
+    "a function": (lambda self, x, v: self.table(2.0), {"table": lambda a: a}),
+    "shape of its input": (lambda self, x, v: 1 / x.shape[1], {}),
+    "depends on the shape": (lambda self, x, v: len(x), {}),
+    "a part of a tensor": (lambda self, x, v: with_item(torch.zeros_like(x), 1), {}),
+    "in place what it is given": (lambda self, x, v: v.detach().mul_(2), {}),
+    "does not have": (lambda self, x, v: self.nothing, {}),
+    "at the size of its input": (
+        lambda self, x, v: self.p.expand_as(x).sum(),
+        {"p": nn.Parameter(torch.ones(()))},
+    ),
+    "not linear": (lambda self, x, v: Clipped.apply(self.p), {"p": nn.Parameter(torch.ones(()))}),
+    "not linear (a constant)": (
+        lambda self, x, v: Decayed.apply(self.p),
+        {"p": nn.Parameter(torch.ones(()))},
+    ),
+}  # fmt: skip
+
+
+class Clipped(torch.autograd.Function):
+    """A gradient that is clipped at each step."""
+
+    forward = staticmethod(lambda ctx, p: p * 1)
+    backward = staticmethod(lambda ctx, grad: grad.clamp(-1, 1))
+
+
+class Decayed(Clipped):
+    backward = staticmethod(lambda ctx, grad: torch.ones_like(grad))
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_a_step_is_refused_with_its_reason(reason):
+    look, attributes = REFUSED[reason]
+    node = type("Looking", (Looks,), {})(look, **attributes)  # a class each
+    before = dict(vars(node))
+    shape = (2, 4) if reason == "has mm" else (2, 4, 3, 5)
+    found = read_neuron(node, shape, compat.step_of(type(node)))
+    assert isinstance(found, str) and reason in found, found
+    assert vars(node) == before and type(node.surrogate_function) is surrogate.ATan
+
+
+class OtherShape(Plain):
+    def step(self, x, v):
+        spike, v = super().step(x, v)
+        return spike.unsqueeze(-1), v
+
+
+class OtherDtype(Plain):
+    def step(self, x, v):
+        spike, v = super().step(x, v)
+        return spike.bool(), v
+
+
+class Stale(Plain):
+    """It reads the voltage that was there before the sequence."""
+
+    def step(self, x, v):
+        return super().step(x, v + torch.as_tensor(self.v).mul(0))
+
+
+class Begins(own_neurons.Own):
+    """It makes of the number that a state starts at another tensor than one of that number."""
+
+    states = ("a",)
+
+    def single_step_functional_forward(self, inputs, states, *args, **kwargs):
+        (x,), (v, a) = inputs, states
+        a = a if isinstance(a, torch.Tensor) else torch.full_like(x, 0.9)
+        return (((v + x) >= a).to(x),), (v * 0.5 + x, a * 0.5)
+
+
+class OwnSequence(Plain):
+    def multi_step_forward(self, x_seq):
+        return x_seq * 2
+
+
+@pytest.mark.parametrize("kind", [OtherShape, OtherDtype, OwnSequence, Stale, Begins])
+@pytest.mark.filterwarnings("ignore:.*please report it")
+def test_a_neuron_that_is_refused_runs_as_its_class(kind):
+    if kind in (Stale, Begins) and not compat.FUNCTIONAL_STATES:
+        pytest.skip("needs SpikingJelly 2.x: steps of states that they are given")
+    node = kind()
+    (row,) = accelerate(nn.Sequential(node)).rows
+    assert type(node) is kind and row.note and not row.done
+
+
+@pytest.mark.parametrize(
+    "kind", [*own_neurons.OWN, "LIFNode", "KLIFNode", "EIFNode", "IzhikevichNode"]
+)
+def test_a_change_of_what_a_step_reads_is_seen(kind):
+    """Every name that is noted, one after the other, next to the plain neuron."""
+    plain = getattr(neuron, kind)(step_mode="m") if isinstance(kind, str) else kind()
+    fast = copy.deepcopy(plain)
+    accelerate(nn.Sequential(fast))
+    names = [*_NAMES[type(plain)].numbers]
+    assert {"v_threshold" in names, "surrogate_function.alpha" in names} != {False}
+    x = torch.randn(3, 2, 4, 2, 3, generator=torch.Generator().manual_seed(0)) * 1.5
+    for name in names:
+        home, _, last = name.rpartition(".")
+        value = attrgetter(name)(plain)
+        if (changed := other_than(value)) is None or name == "step_mode":
+            continue
+        seen = []
+        for node in (plain, fast):
+            owner = attrgetter(home)(node) if home else node
+            setattr(owner, last, changed)
+            functional.reset_net(node)
+            leaf = x.clone().requires_grad_()
+            try:
+                y = node(leaf)
+                y.pow(2).add(y).sum().backward()
+                seen.append((y.detach(), leaf.grad))
+            except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+                seen.append((error, None))
+            setattr(owner, last, value)
+        (y, grad), (y_fast, grad_fast) = seen
+        if isinstance(y, torch.Tensor):
+            torch.testing.assert_close(y_fast, y, rtol=1e-5, atol=1e-5, msg=name)
+            torch.testing.assert_close(grad_fast, grad, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def other_than(value):
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, float):
+        return value * 0.8 + 0.1
+    if isinstance(value, int):
+        return value + 1
+    if isinstance(value, tuple):
+        return tuple(map(other_than, value))
+    return -0.25 if value is None else None
+
+
+def test_another_surrogate_a_tensor_for_a_number_and_a_hook_are_seen():
+    plain = Plain()
+    fast = copy.deepcopy(plain)
+    accelerate(nn.Sequential(fast))
+    x = torch.randn(3, 2, 4, 2, 3)
+    calls = []
+
+    for change in (
+        lambda node: None,
+        lambda node: setattr(node, "surrogate_function", own_neurons.Triangle(0.7)),
+        lambda node: setattr(node, "v_threshold", torch.tensor(0.3)),
+        lambda node: setattr(node, "v_threshold", np.float32(0.4)),
+        lambda node: node.eval(),
+        lambda node: node.surrogate_function.register_forward_hook(lambda *a: calls.append(1)),
+        lambda node: setattr(node, "surrogate_function", surrogate.Sigmoid(3.0)),
+    ):
+        seen = []
+        for node in (plain, fast):
+            change(node)
+            functional.reset_net(node)
+            leaf = x.clone().requires_grad_()
+            before = len(calls)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that it runs plain
+                y = node(leaf)
+            (y * x).sum().backward()
+            seen.append((y.detach(), leaf.grad, len(calls) - before))
+        assert torch.equal(seen[0][0], seen[1][0]) and seen[0][2] == seen[1][2]
+        torch.testing.assert_close(seen[0][1], seen[1][1], rtol=1e-5, atol=1e-5)
