@@ -4,20 +4,28 @@
 
 Finished runs of experiments below the folders are first copied into results/. What TABLES has by
 its name fills a table between ``<!-- table: NAME -->`` and ``<!-- end -->`` from the runs in
-results/ and the CSVs in experiments/benchmark/results/: no number is copied by hand.
+results/ and the CSVs in experiments/benchmark/results/, or by trying: no number is copied by hand.
 """
 
 import argparse
+import inspect
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
+from spikingjelly.activation_based import neuron
+from torch import nn
 
+from sj_taid._internal import compat
+from sj_taid.ops.step.read import NotRead
+from sj_taid.ops.step.record import Neuron
 from sj_taid.pretrained import list_models, read_config
 from sj_taid.training import compare
 from sj_taid.training.compare import METRICS, Column, Metrics, frame, markdown, overrides, summary
@@ -92,6 +100,8 @@ def fill(page: Path) -> str:
 
     def make(found: re.Match[str]) -> str:
         made = TABLES[found[2]]()
+        if made is None:
+            return found[0]
         if isinstance(made, pd.DataFrame):
             made = markdown(made.replace({"dataset": DATASETS}))
         return f"{found[1]}\n{made}\n{found[3]}"
@@ -283,10 +293,47 @@ def memory() -> pd.DataFrame:
     return table.sort_index(ascending=[False, True]).reset_index()
 
 
+#: arguments that a neuron's constructor asks for
+NEEDED: dict[str, dict[str, Any]] = {
+    "LIAFNode": {"act": torch.relu, "threshold_related": True},
+    "SimpleLIFNode": {"tau": 2.0, "decay_input": True},
+    "MPBNBaseNode": {"out_features": 5},
+    "MPBNLIFNode": {"out_features": 5},
+}
+
+
+def neurons_read() -> str | None:
+    """Which of SpikingJelly 2.0.0's neurons are read on a CPU; ``None`` on other versions."""
+    if version("spikingjelly") != "2.0.0":
+        return None
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name, kind in sorted(vars(neuron).items()):
+        if inspect.isclass(kind) and issubclass(kind, nn.Module):
+            groups.setdefault(read_neuron(kind), []).append(name)
+    rows = [("outputs", "saved", "neurons"), ("---",) * 3]
+    rows += sorted((*key, ", ".join(names)) for key, names in groups.items())
+    return "\n".join([*(f"| {' | '.join(row)} |" for row in rows), ""])
+
+
+def read_neuron(kind: Any) -> tuple[str, str]:
+    """How equal a class's outputs are on a CPU, and how they are saved; or why it is not read."""
+    reason = compat.why_no_step(kind) if issubclass(kind, compat.NEURONS) else "it is no `BaseNode`"
+    if reason is None:
+        node = kind(**NEEDED.get(kind.__name__, {}))
+        try:
+            reading, _ = Neuron(node, compat.step_of(kind)).read((2, 5, 7))
+        except NotRead as error:
+            reason = f"its step {error}"
+        else:
+            saved = {0: "as they are", 1: "as bits"}.get(reading.levels, "in four bits")
+            return f"equal to {'the bit' if reading.exact else 'rounding'}", saved
+    return f"not read: {reason}".rstrip(": "), ""
+
+
 #: the functions of the tables, by name
 TABLES: dict[str, Callable[[], Any]] = {
     **{f.__name__: f for f in (gains, generators, decoders, start_map, classes, recipes)},
-    **{f.__name__: f for f in (models, memory)},
+    **{f.__name__: f for f in (models, memory, neurons_read)},
     "zoo": partial(show, "zoo", "written net norms fused left before_mb after_mb ratio"),
     "host": partial(show, "host", "what shape system cpu_us cpu_ratio", "system != 'plain'"),
     "neurons": partial(

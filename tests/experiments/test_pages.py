@@ -1,11 +1,16 @@
 """The committed runs and the tables made of them."""
 
+import inspect
 import json
 import re
 
 import pages
 import pandas as pd
+import pytest
+from spikingjelly.activation_based import neuron
 
+import sj_taid
+from sj_taid._internal import compat
 from sj_taid.training import compare
 from tests.training.conftest import CONF, metrics
 
@@ -65,6 +70,39 @@ def test_start_map_counts_the_starts_near_the_best(tmp_path, monkeypatch):
         ["alif", "95.00", "3 of 4", "3 of 4"],
         ["plif", "91.00", "0 of 3", "1 of 3"],
     ]
+
+
+class Mean(neuron.BaseNode):
+    def single_step_functional_forward(self, inputs, states, **kwargs):
+        (x,), (v,) = inputs, states
+        return (self.surrogate_function(x - x.mean()),), (v,)
+
+
+def test_a_neuron_is_read_or_not_with_a_reason():
+    assert pages.read_neuron(neuron.LIFNode) == ("equal to the bit", "as bits")
+    assert pages.read_neuron(neuron.EIFNode) == ("equal to rounding", "as bits")
+    assert pages.read_neuron(neuron.TernaryIFNode) == ("equal to the bit", "in four bits")
+    assert pages.read_neuron(Mean) == ("not read: its step has mean, which is not pointwise", "")
+
+
+def test_neurons_of_another_version_leave_their_table(monkeypatch):
+    page = pages.ROOT / "docs" / "accelerate.md"
+    monkeypatch.setattr(pages, "version", lambda name: "2.0.1")
+    assert pages.fill(page) == page.read_text(encoding="utf-8")
+
+
+@pytest.mark.slow  # compiles each neuron
+@pytest.mark.parametrize(
+    "kind",
+    [k for k in vars(neuron).values() if inspect.isclass(k) and issubclass(k, compat.NEURONS)],
+)
+def test_accelerate_does_what_the_table_of_neurons_says(kind):
+    node = kind(**pages.NEEDED.get(kind.__name__, {}))
+    node.step_mode = "m"
+    row = sj_taid.accelerate(node).rows[0]
+    said, _ = pages.read_neuron(kind)
+    notes = {"equal to the bit": "equal outputs", "equal to rounding": "equal outputs to rounding"}
+    assert row.note.rstrip(": ") == notes.get(said, said.removeprefix("not read: "))
 
 
 # ---- the committed results ----
