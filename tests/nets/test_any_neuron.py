@@ -136,7 +136,10 @@ def test_every_other_neuron_has_a_reason():
     assert len(NAMES) >= (15 if FUNCTIONAL_STATES else 7)
 
 
-@pytest.mark.parametrize("kind", [*OWN, "LIFNode", "KLIFNode"])
+INTEGER = ["ILIFNode"] if FUNCTIONAL_STATES else []
+
+
+@pytest.mark.parametrize("kind", [*OWN, *INTEGER, "LIFNode", "KLIFNode"])
 def test_a_norm_and_a_neuron_keep_few_bytes(kind):
     plain = net_of(MAKERS[kind if isinstance(kind, str) else kind.__name__]())[1:]
     fast, kept = copy.deepcopy(plain), []

@@ -673,6 +673,8 @@ class _Reader:
         found = _range_of(op, [self._range(a) for a in args])
         if op == "sub" and args[0] == args[1]:  # as surrogates write 0, or NaN
             found = 0.0, 0.0, True
+        if op == "mul" and (0.0, 0.0, True) in map(self._range, args):
+            found = 0.0, 0.0, True
         if found is not None:
             self.ranges[name] = found
         return name
