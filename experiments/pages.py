@@ -25,7 +25,7 @@ from torch import nn
 
 from sj_taid._internal import compat
 from sj_taid.ops.step.read import NotRead
-from sj_taid.ops.step.record import Neuron
+from sj_taid.ops.step.record import Neuron, Notes
 from sj_taid.pretrained import list_models, read_config
 from sj_taid.training import compare
 from sj_taid.training.compare import METRICS, Column, Metrics, frame, markdown, overrides, summary
@@ -321,7 +321,7 @@ def read_neuron(kind: Any) -> tuple[str, str]:
     if reason is None:
         node = kind(**NEEDED.get(kind.__name__, {}))
         try:
-            reading, _ = Neuron(node, compat.step_of(kind)).read((2, 5, 7))
+            reading = Neuron(node, compat.step_of(kind)).read((2, 5, 7), Notes())
         except NotRead as error:
             reason = f"its step {error}"
         else:

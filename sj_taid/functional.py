@@ -12,6 +12,7 @@ from torch import Tensor
 from .ops import backends
 from .ops.alif.reference import state_dtype
 from .ops.bits import LARGEST_COUNT
+from .ops.step.read import NotRead
 from .ops.surrogate import counts, levels_of
 
 __all__ = ["alif_multi_step", "lower_bound"]
@@ -63,17 +64,18 @@ def alif_multi_step(
     x_seq = savable(x_seq)
     if isinstance(v, Tensor):
         v = savable(v).to(state_dtype(x_seq.dtype))
-    return backends.resolve(backend, x_seq, surrogate_function).multi_step(
-        x_seq,
-        v,
-        w,
-        v_threshold,
-        decay_input=decay_input,
-        v_reset=v_reset,
-        surrogate_function=surrogate_function,
-        detach_reset=detach_reset,
-        store_v_seq=store_v_seq,
-    )
+    options: Any = {"decay_input": decay_input, "v_reset": v_reset}
+    options |= {"detach_reset": detach_reset, "store_v_seq": store_v_seq}
+    options["surrogate_function"] = surrogate_function
+    found = backends.resolve(backend, x_seq)
+    try:
+        return found.multi_step(x_seq, v, w, v_threshold, **options)
+    except NotRead as error:
+        reason = f"no fused backend can take this call: {error}"
+        if backends.is_chosen(backend):
+            raise backends.BackendUnavailableError(reason) from error
+        backends.warn_once(f"{reason}. Falling back to 'torch'; say backend=... to choose.")
+    return backends.resolve("torch", x_seq).multi_step(x_seq, v, w, v_threshold, **options)
 
 
 def lower_bound(x: Tensor, bound: float) -> Tensor:

@@ -8,32 +8,26 @@ from functools import partial
 from operator import attrgetter
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from . import functional
 from ._internal import compat, graph
-from .kept.kept import Kept, Memory, keep, leave
+from .kept.kept import Kept, Memory, keep
 from .kept.norms import find_source, reader_of
 from .kept.saving import Counts, Recipe, run_saving
 from .ops import backends
-from .ops import surrogate as derivatives
+from .ops.alif import compiled
 from .ops.alif.autograd import apply_fused
-from .ops.alif.plan import Charge, Dynamics, Plan, Plans, Spec, arranged, find_plan, spec_of
+from .ops.alif.plan import Plan, Plans, Spec, arranged, find_plan, spec_of
 from .ops.alif.reference import state_dtype
 from .ops.bits import is_dense
-from .ops.step.read import NotRead, Reading
+from .ops.step.read import Reading
+from .ops.step.readings import NAMES, has, plain_value, read_neuron
 from .ops.step.record import HOOKS, Neuron, Notes
-from .ops.step.verify import verify
 
-#: ``w`` of a neuron without leak (IF): its sigmoid is 0, in float64 too. Not -inf, which would make
-#: averaged weights NaN.
-NO_LEAK_W = -1024.0
 #: the kinds of tensors that a plan takes
 _TAKES = (Tensor, nn.Parameter, Kept)
-#: whether the kernels of a GPU run a call
-_is_on_gpu = attrgetter("is_cuda")
 _NUMBERS = (bool, int, float, type(None), str, type, tuple)
 
 
@@ -47,10 +41,11 @@ class View(NamedTuple):
     tensor_names: tuple[str, ...]
     #: gives parameters, buffers and such, if there are any
     tensors: Callable[[Any], tuple[Any, ...]] | None
+    per_channel: bool  #: whether one of these has several values
 
     @property
     def key(self) -> tuple[Any, ...]:
-        return self.names, self.tensor_names
+        return self.names, self.tensor_names, self.per_channel
 
 
 class _Call(NamedTuple):
@@ -68,25 +63,17 @@ class _Call(NamedTuple):
 class FusedNeuron:
     """A neuron whose sequences run by plans of the fused operator: :mod:`.ops.alif.plan`.
 
-    A subclass says what is read: its step, and on a GPU how it charges. One that is accelerated
-    takes the input of the norm before it, and its spikes are saved as bits.
+    A subclass says what is read: its step. One that is accelerated takes the input of the norm
+    before it, and its spikes are saved as bits.
     """
 
     v: Any
     v_seq: Any
-    v_reset: Any
     store_v_seq: Any
     extra_repr: Any
-    surrogate_function: Any
     #: not _backend, which SpikingJelly 0.0.0.0.14 sets
     _fused_backend: Any = backends.AUTO
     _taid_name = ""  # its path in the net, which errors say
-    #: gives the plain attributes that a call on a GPU depends on, apart from its surrogate
-    _taid_numbers: Any
-    #: dtype -> how it charges, ``w`` and the threshold; ``None`` for what is a tensor
-    _taid_constants: Any = None
-    #: -> ``w`` and the threshold, or ``None`` for what is a number
-    _taid_operands: Any
     #: runs one step of a copy: :class:`.ops.step.record.Neuron`
     _taid_step: Any
 
@@ -100,19 +87,16 @@ class FusedNeuron:
     ) -> tuple[Any, ...] | None:
         """Spikes, next states and every voltage of a sequence; ``None``: run the plain class."""
         if not (type(x_seq) in _TAKES and graph.is_eager()):
-            return run_definition(self, x_seq, states, store_v_seq)
+            return self._taid_definition(x_seq, states, store_v_seq)
         with graph.plain_functions():
-            on_gpu = _is_on_gpu(x_seq)
             plans = Plans.of(self)
-            view = plans.views.get(on_gpu) or _look(self, plans, x_seq)
-            if view is None:
-                return run_definition(self, x_seq, states, store_v_seq)
+            view = plans.view or _look(self, plans)
             keeps = isinstance(self, Accelerated) and torch.is_grad_enabled()
             keeps &= not torch.is_inference_mode_enabled()
             x, source = x_seq, None
             of_norm: tuple[Any, ...] = None, None, None, None
             if keeps and type(x_seq) is Kept and x_seq._place is not None:
-                source = find_source(x_seq, self)
+                source = find_source(x_seq, self, view.per_channel)
             if source is not None:
                 x, weight, bias, mean, rstd = source.tensors()
                 of_norm = mean, rstd, weight, bias
@@ -124,12 +108,12 @@ class FusedNeuron:
                 return self._taid_run(x_seq, states, store_v_seq)
             plan, spec, converts, strides, least, most = call
             if plan is None:
-                return None if spec else run_definition(self, x_seq, states, store_v_seq)
+                return None if spec else self._taid_definition(x_seq, states, store_v_seq)
             if source is not None:
                 source.readers[reader_of(self)] = True
             if converts:
                 tensors = _convert(spec, tensors, len(states))
-            v_init: Any = starts[0] if on_gpu else tuple(starts)
+            v_init = tuple(starts)
             if spec.saves:
                 kept = (x,) if type(x) is Kept else ()
                 arguments = plan, v_init, self._taid_name, *tensors, *of_norm
@@ -139,6 +123,17 @@ class FusedNeuron:
             if keeps and least is not None:
                 outputs[0] = _keep(outputs[0], bits, strides, least, most)
             return tuple(outputs)
+
+    def _taid_definition(
+        self, x_seq: Tensor, states: dict[str, Any], store_v_seq: bool
+    ) -> tuple[Any, ...] | None:
+        """The same for what compiles, transforms or traces; ``None``: run the plain class."""
+        if torch.compiler.is_compiling():
+            return run_in_graph(self, x_seq, states, store_v_seq)
+        return None
+
+    def _taid_check(self, x_seq: Tensor, states: dict[str, Any]) -> None:
+        """Raise an error unless a call's tensors fit each other."""
 
     def _taid_label(self) -> str:
         name, kind = self._taid_name, type(self).__name__
@@ -166,40 +161,22 @@ def _tensors_of(
 
 # ---- what a neuron reads -------------------------------------------------------------------------
 
-#: class -> the names of attributes, modules and tensors that any of its neurons has read
-_NAMES: dict[type, Notes] = {}
-#: (class, names, their values, sizes) -> the reading, or why there is none
-_READINGS: dict[Any, Reading | str] = {}
 
-
-def _look(node: Any, plans: Plans, x_seq: Tensor) -> View | None:
-    """What a call on the input's device reads of a neuron; ``None`` if it can be no plan's."""
-    if _is_on_gpu(x_seq):
-        if node._taid_constants is None:
-            return None
-        view = View((), node._taid_numbers, (), (), type(node)._taid_operands)
-    else:
-        notes = _NAMES.setdefault(getattr(node, "_taid_kind", type(node)), Notes())
-        names = tuple(filter(partial(_has, node), notes.numbers))
-        own = [n for n in names if "." not in n and not isinstance(getattr(node, n), Tensor)]
-        modules = []
-        for module in notes.modules:
-            inner = [n.partition(".")[2] for n in names if n.startswith(f"{module}.")]
-            modules.append((module, attrgetter("__class__", "__class__", *inner)))
-        tensors = tuple(Neuron(node, node._taid_step, notes.tensors).tensors)
-        numbers = attrgetter("__class__", "_fused_backend", *own)
-        given = getattr(type(node), "_taid_tensors", None) or _getter(tensors)
-        view = View(names, numbers, tuple(modules), tensors, given)
-    plans.views[_is_on_gpu(x_seq)] = view
-    return view
-
-
-def _has(node: Any, name: str) -> bool:
-    try:
-        attrgetter(name)(node)
-    except AttributeError:
-        return False
-    return True
+def _look(node: Any, plans: Plans) -> View:
+    """What a call reads of a neuron."""
+    notes = NAMES.setdefault(getattr(node, "_taid_kind", type(node)), Notes())
+    names = tuple(filter(partial(has, node), notes.numbers))
+    own = [n for n in names if "." not in n and not isinstance(getattr(node, n), Tensor)]
+    modules = []
+    for module in notes.modules:
+        inner = [n.partition(".")[2] for n in names if n.startswith(f"{module}.")]
+        modules.append((module, attrgetter("__class__", "__class__", *inner)))
+    tensors = Neuron(node, node._taid_step, notes.tensors).tensors
+    per_channel = any(t.numel() != 1 for t in tensors.values())
+    numbers = attrgetter("__class__", "_fused_backend", *own)
+    given = getattr(type(node), "_taid_tensors", None) or _getter(tuple(tensors))
+    plans.view = View(names, numbers, tuple(modules), tuple(tensors), given, per_channel)
+    return plans.view
 
 
 def _getter(names: tuple[str, ...]) -> Callable[[Any], tuple[Any, ...]] | None:
@@ -207,65 +184,6 @@ def _getter(names: tuple[str, ...]) -> Callable[[Any], tuple[Any, ...]] | None:
     if len(names) != 1:
         return attrgetter(*names) if names else None
     return lambda node: (getattr(node, names[0]),)
-
-
-def read_neuron(node: Any, shape: tuple[int, ...], run: Any) -> Reading | str:
-    """A neuron's step as it is read for inputs ``[N, *]`` of this shape, or why it is not.
-
-    ``run``: of :class:`.ops.step.record.Neuron`.
-    """
-    kind = getattr(node, "_taid_kind", type(node))
-    notes = _NAMES.setdefault(kind, Notes())
-
-    def key() -> Any:
-        names = tuple(filter(partial(_has, node), (*notes.numbers, *notes.modules)))
-        tensors = Neuron(node, run, notes.tensors).tensors
-        per_channel = any(t.numel() != 1 for t in tensors.values())
-        sizes = len(shape), shape[1:2] if per_channel else ()
-        shapes = tuple((name, tuple(t.shape)) for name, t in tensors.items())
-        return kind, names, _values_of(node, names), sizes, shapes
-
-    found = _READINGS.get(key())
-    if found is None:
-        found = _read_and_check(node, run, shape, notes)
-        if len(_READINGS) > _MOST_READINGS:
-            _READINGS.pop(next(iter(_READINGS)))
-        _READINGS[key()] = found
-    return found
-
-
-def _read_and_check(node: Any, run: Any, shape: tuple[int, ...], notes: Notes) -> Reading | str:
-    """A reading, after what it reads is noted; of other tensors of the node nothing is known."""
-    try:
-        neuron = Neuron(node, run)
-        found, read = neuron.read(shape)
-        notes.add(read)
-        if any(name not in notes.tensors for name in neuron.tensors):
-            neuron = Neuron(node, run, notes.tensors)
-            found, _ = neuron.read(shape)
-        if reason := verify(neuron, found, shape):
-            kind = getattr(node, "_taid_kind", type(node))
-            warnings.warn(f"{kind.__name__}: {reason}", RuntimeWarning, stacklevel=2)
-            return reason
-    except NotRead as error:
-        return f"its step {error}"
-    return found
-
-
-_MOST_READINGS = 4096
-
-
-def _values_of(node: Any, names: tuple[str, ...]) -> tuple[Any, ...]:
-    """The values of attributes, and of modules their classes and whether they have hooks."""
-    values = []
-    for name in names:
-        value = attrgetter(name)(node)
-        if isinstance(value, nn.Module):
-            hooked = any(getattr(value, hooks, None) for hooks in HOOKS)
-            values.append((type(value), hooked))
-        else:
-            values.append(_plain_value(value))
-    return tuple(values)
 
 
 # ---- a call --------------------------------------------------------------------------------------
@@ -291,22 +209,21 @@ def _find_call(
                     saves = True
         numbers = _numbers_of(node, view)
     except AttributeError:  # a module within is another, a tensor a number, or a number is gone
-        if _look(node, plans, x_seq).key == view.key:  # type: ignore[union-attr]
+        if _look(node, plans).key == view.key:
             raise
         return None
     if source is None:
         place: Any = x_seq.shape, x_seq.dtype, x_seq.device, x_seq.is_inference()
     else:
         place = x_seq._place, source.fixed  # type: ignore[attr-defined]
-    function = derivatives.key_of(node.surrogate_function) if _is_on_gpu(x_seq) else view.names
-    key = [place, x_seq.stride(), saves, flags, numbers, function, *states]
+    key = [place, x_seq.stride(), saves, flags, numbers, view.names, *states]
     for tensor in tensors[1:]:
         key.append(tensor if tensor is None else _layout_key(tensor))
     known = tuple(key)
     call = plans.get(known)
     if call is None:
         call = _plan_call(node, x_seq, states, tensors, (*flags, saves), source)
-        if _look(node, plans, x_seq).key != view.key:  # type: ignore[union-attr]
+        if _look(node, plans).key != view.key:
             return None
         plans.keep(known, call)
     return call
@@ -323,7 +240,7 @@ def _numbers_of(node: Any, view: View) -> tuple[Any, ...]:
                 hooked = True
     for number in numbers:
         if type(number) not in _NUMBERS:
-            numbers = tuple(map(_plain_value, numbers))
+            numbers = tuple(map(plain_value, numbers))
             break
     return *numbers, hooked
 
@@ -332,49 +249,30 @@ def _plan_call(
     node: Any, x_seq: Tensor, states: dict[str, Any], tensors: list[Any], flags: Any, source: Any
 ) -> _Call:
     """Check a call, and choose its backend and plan."""
-    neuron: Any
-    if node._taid_constants is not None:
-        accelerates = isinstance(node, Accelerated) and not _is_on_gpu(x_seq)
-        w, v_threshold = (None, None) if accelerates else node._taid_operands()
-        functional.check_call(x_seq, states["v"], w, v_threshold, node._taid_label)
-    on_gpu = _is_on_gpu(x_seq)
-    function = node.surrogate_function if on_gpu else None
-    engine = backends.resolve(node._fused_backend, x_seq, function).engine
+    node._taid_check(x_seq, states)
+    engine = backends.resolve(node._fused_backend, x_seq).engine
     nothing = _Call(None, None, False, (), None, 0)
     if engine is None:
         return nothing
-    dtype = state_dtype(x_seq.dtype)
+    neuron = read_neuron(node, tuple(x_seq.shape[1:]), node._taid_step, engine, x_seq.device)
+    if isinstance(neuron, str):
+        if backends.is_chosen(node._fused_backend):
+            raise backends.BackendUnavailableError(f"no fused backend can take this call: {neuron}")
+        _warn_once(node, neuron)
+        return nothing._replace(spec=True)
+    dtype, least, most = state_dtype(x_seq.dtype), neuron.least, neuron.most or 0
     parameters = [t for t in tensors[1 + len(states) :] if t is not None]
-    if on_gpu:
-        neuron, least, most = _dynamics_of(node, dtype), 0, derivatives.levels_of(function)
-        per_channel = any(t.dim() for t in parameters)
-        if per_channel and isinstance(node, Accelerated) and not hasattr(node, "channels"):
-            return nothing
-    else:
-        neuron = read_neuron(node, tuple(x_seq.shape[1:]), node._taid_step)
-        if isinstance(neuron, str):
-            if backends.is_chosen(node._fused_backend):
-                raise backends.BackendUnavailableError(
-                    f"backend 'numba' cannot take this call: {neuron}"
-                )
-            _warn_once(node, neuron)
-            return nothing._replace(spec=True)
-        least, most = neuron.least, neuron.most or 0
-        per_channel = any((*neuron.operand_channels, *neuron.total_channels))
     store_v_seq, pack, saves = flags
     flags = store_v_seq, pack and least is not None, saves
     if source is None:
         x = x_seq if is_dense(x_seq) else torch.empty(x_seq.shape, device="meta")
-        spec = spec_of(x, neuron, per_channel, False, False, *flags)
+        spec = spec_of(x, neuron, False, False, *flags)
         spec = spec._replace(dtype=x_seq.dtype, device=x_seq.device)
         converts = x is not x_seq or x_seq.is_inference()
     else:
         place = x_seq._place  # type: ignore[attr-defined]
-        spec, converts = place.spec(neuron, per_channel, source.fixed, *flags), False
-    converts |= any(
-        t.dtype != dtype or not t.is_contiguous() or (on_gpu and (t.dim() > 0) != per_channel)
-        for t in parameters
-    )
+        spec, converts = place.spec(neuron, source.fixed, *flags), False
+    converts |= any(t.dtype != dtype or not t.is_contiguous() for t in parameters)
     for v in states.values():
         if isinstance(v, Tensor):
             converts |= v.dtype != dtype or v.stride() != spec.strides[1:] or v.is_inference()
@@ -382,17 +280,6 @@ def _plan_call(
     if not x_seq.is_contiguous():
         strides = node._taid_strides(x_seq.shape, strides)
     return _Call(find_plan(engine, spec), spec, converts, strides, least, most)
-
-
-def _dynamics_of(node: Any, dtype: torch.dtype) -> Dynamics:
-    """What a neuron computes, of those that the kernels of a GPU know."""
-    function = node.surrogate_function
-    charge, w, threshold = node._taid_constants(dtype)
-    functional.check_counts(function, node.v_reset, charge is not Charge.NO_STATE)
-    v_reset = None if node.v_reset is None else float(node.v_reset)
-    derivative = derivatives.derivative_of(function)
-    about: Any = charge, w, threshold, v_reset, bool(node.detach_reset), *derivative
-    return Dynamics(*about)
 
 
 _warned: set[tuple[type, str]] = set()
@@ -424,42 +311,56 @@ def _shift(make: Callable[..., Tensor], least: int, *saved: Tensor) -> Tensor:
     return make(*saved).add_(least)
 
 
-def run_definition(
-    node: Any, x_seq: Tensor, states: dict[str, Any], store_v_seq: bool, backend: str | None = None
+class InGraphs(NamedTuple):
+    """What torch.compile needs of a neuron, to make one operator of it."""
+
+    keys: dict[int, str]  #: the number of axes of a step -> the name of its reading
+    numbers: tuple[tuple[tuple[str, ...], Any], ...]  #: attributes, and their values then
+    modules: tuple[tuple[str, type], ...]  #: modules within, and their classes
+    tensors: tuple[str, ...]
+
+
+def note_for_graphs(node: Any, readings: dict[int, Reading]) -> None:
+    """Note what a neuron's readings, by their numbers of axes, depend on."""
+    plans = Plans()
+    view = _look(node, plans)
+    keys = {axes: compiled.key_of(reading) for axes, reading in readings.items()}
+    numbers = tuple((tuple(n.split(".")), attrgetter(n)(node)) for n in view.names)
+    modules = tuple((name, type(node._modules.get(name))) for name, _ in view.modules)
+    plain = tuple((path, value) for path, value in numbers if type(value) in _NUMBERS)
+    if len(plain) == len(numbers):
+        node.__dict__["_taid_in_graphs"] = InGraphs(keys, plain, modules, view.tensor_names)
+
+
+def run_in_graph(
+    node: Any, x_seq: Tensor, states: dict[str, Any], store_v_seq: bool
 ) -> tuple[Any, ...] | None:
-    """The same by the definition, for what compiles, transforms or traces, and by its backend."""
-    if node._taid_constants is None:
+    """A neuron as one operator, or ``None``: as torch.compile traces it, on what it reads."""
+    known = node.__dict__.get("_taid_in_graphs")
+    if known is None or backends.resolve(node._fused_backend, x_seq).engine is None:
         return None
-    x_seq = leave(x_seq) if isinstance(x_seq, Kept) else x_seq
-    w, v_threshold = node._taid_operands()
+    key = known.keys.get(x_seq.dim() - 1, "")
+    if not compiled.is_known(key):
+        return None
+    for path, wanted in known.numbers:
+        value = node
+        for name in path:
+            value = getattr(value, name)
+        if value != wanted:
+            return None
+    for name, kind in known.modules:
+        module = getattr(node, name)
+        if type(module) is not kind:
+            return None
+        for hooks in HOOKS:
+            if len(getattr(module, hooks)) > 0:
+                return None
     dtype = state_dtype(x_seq.dtype)
-    charge, number, threshold = node._taid_constants(dtype)
-    if w is None and charge is not Charge.NO_STATE:
-        number = NO_LEAK_W if charge is Charge.NO_LEAK else number
-        w = x_seq.new_full((), number, dtype=dtype)
-    if v_threshold is None:
-        v_threshold = x_seq.new_full((), threshold, dtype=dtype)
-    return functional.alif_multi_step(
-        x_seq,
-        states["v"],
-        w,
-        v_threshold,
-        decay_input=charge is Charge.DECAY_INPUT,
-        v_reset=node.v_reset,
-        surrogate_function=node.surrogate_function,
-        detach_reset=node.detach_reset,
-        store_v_seq=store_v_seq,
-        backend=backend or node._fused_backend,
-    )
-
-
-def _plain_value(value: Any) -> Any:
-    """An attribute as a plain number; of a tensor, which is read at each call, its class."""
-    if isinstance(value, Tensor):
-        return type(value)
-    if isinstance(value, np.ndarray):
-        value = value.item()
-    return value if isinstance(value, type | tuple) else (type(value), value)
+    x_seq = x_seq if is_dense(x_seq) else x_seq.contiguous()
+    starts = [v.to(dtype) if isinstance(v, Tensor) else None for v in states.values()]
+    v_init = [0.0 if isinstance(v, Tensor) else float(v) for v in states.values()]
+    parameters = [getattr(node, name).to(dtype).contiguous() for name in known.tensors]
+    return compiled.run(x_seq, starts, v_init, parameters, key, store_v_seq)
 
 
 def _layout_key(tensor: Tensor) -> tuple[Any, ...]:
@@ -477,10 +378,7 @@ def _convert(spec: Spec, tensors: list[Any], states: int) -> list[Any]:
         v = v if v is None else arranged(functional.savable(v).to(dtype), spec.strides[1:])
         found.append(v)
     for t in tensors[1 + states :]:
-        t = t if t is None else t.to(dtype)
-        if t is not None and spec.per_channel and isinstance(spec.dynamics, Dynamics):
-            t = t.expand(spec.channels)
-        found.append(t if t is None else t.contiguous())
+        found.append(t if t is None else t.to(dtype).contiguous())
     return found
 
 

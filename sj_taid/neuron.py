@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -21,10 +20,10 @@ from ._internal.checks import (
     check_sizes,
     is_number,
 )
-from .fused_neuron import FusedNeuron, run_definition
+from .fused_neuron import FusedNeuron
+from .kept.kept import Kept, leave
 from .ops import backends
 from .ops.alif import reference
-from .ops.alif.plan import Charge
 from .ops.alif.reference import state_dtype
 from .ops.surrogate import MultiLevelSpikeCount, counts, levels_of
 
@@ -253,27 +252,17 @@ class ALIFNode(FusedNeuron, compat.BaseNode):
 
         This is the definition, and what the loops of a CPU are made of.
         """
-        return self._step(x, v, self.w, self.effective_v_threshold)
-
-    def _step(
-        self, x: Tensor, v: Tensor, w: Tensor | None, v_threshold: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        q = None if self.w is None else reference.per_channel(self.w.sigmoid(), x)
         return reference.step(
-            x,
-            v,
-            None if w is None else reference.per_channel(w.sigmoid(), x),
-            reference.per_channel(v_threshold, x),
-            decay_input=self.decay_input,
-            v_reset=self.v_reset,
-            surrogate_function=self.surrogate_function,
-            detach_reset=self.detach_reset,
+            x, v, q, reference.per_channel(self.effective_v_threshold, x), **self._options()
         )
 
-    @staticmethod
-    def _taid_step(copy: Any, x: Tensor, states: dict[str, Any]) -> Any:
-        # A call gives the bounded threshold: its gradient is bounded as a sum over all steps.
-        output, v = copy._step(x, states["v"], copy.w, copy.v_threshold)
-        return output, {"v": v}
+    def _options(self) -> dict[str, Any]:
+        names = "decay_input", "v_reset", "detach_reset", "surrogate_function"
+        return {name: getattr(self, name) for name in names}
+
+    # A call gives the bounded threshold: its gradient is bounded as a sum over all steps.
+    _taid_step = staticmethod(reference.run_step)
 
     def _taid_tensors(self) -> tuple[Tensor, ...]:
         v_threshold = self.effective_v_threshold
@@ -306,14 +295,28 @@ class ALIFNode(FusedNeuron, compat.BaseNode):
     def _scale(self, spike_seq: Tensor) -> Tensor:
         return spike_seq / self.levels if self.normalize else spike_seq
 
-    _taid_numbers = attrgetter("decay_input", "v_reset", "detach_reset", "_fused_backend")
+    def _taid_check(self, x_seq: Tensor, states: dict[str, Any]) -> None:
+        parameters = self.w, self.effective_v_threshold
+        functional.check_call(x_seq, states["v"], *parameters, self._taid_label)
+        functional.check_counts(self.surrogate_function, self.v_reset, self.w is not None)
 
-    def _taid_constants(self, dtype: torch.dtype) -> tuple[Charge, float | None, float | None]:
-        charge = Charge.DECAY_INPUT if self.decay_input else Charge.LEAK
-        return Charge.NO_STATE if self.w is None else charge, None, None
-
-    def _taid_operands(self) -> tuple[Tensor | None, Tensor | None]:
-        return self.w, self.effective_v_threshold
+    def _taid_definition(
+        self,
+        x_seq: Tensor,
+        states: dict[str, Any],
+        store_v_seq: bool,
+        backend: str | None = None,
+    ) -> tuple[Any, ...]:
+        x_seq = leave(x_seq) if isinstance(x_seq, Kept) else x_seq
+        return functional.alif_multi_step(
+            x_seq,
+            states["v"],
+            self.w,
+            self.effective_v_threshold,
+            store_v_seq=store_v_seq,
+            backend=backend or self.backend,
+            **self._options(),
+        )
 
     def extra_repr(self) -> str:
         with torch.no_grad():
@@ -331,7 +334,7 @@ class ALIFNode(FusedNeuron, compat.BaseNode):
     ) -> tuple[Any, ...]:
         results: Any = super()._taid_run(x_seq, states, store_v_seq)
         if results is None:  # its step is not read, as of a surrogate with hooks
-            results = run_definition(self, x_seq, states, store_v_seq, backend="torch")
+            results = self._taid_definition(x_seq, states, store_v_seq, "torch")
         if self.w is None:
             return results[0], states["v"], *results[2:]
         if not torch.compiler.is_compiling():

@@ -1,16 +1,19 @@
 """torch.compile without graph breaks, autocast under it, and torch.func."""
 
+import copy
 import shutil
 
 import pytest
 import torch
-from spikingjelly.activation_based import functional, layer, surrogate
+from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from sj_taid import TAID, ALIFNode, fresh_state, monitor
+from sj_taid import TAID, ALIFNode, accelerate, fresh_state, monitor
+from sj_taid._internal import compat
 from sj_taid.ops import backends
 from tests.helpers import TOLERANCE, assert_equal
+from tests.nets import own_neurons
 
 OPTIONS = {
     "hard": {},
@@ -63,6 +66,63 @@ def test_compile_gives_equal_outputs_and_gradients(options):
     for name in ("spikes", "v"):
         assert torch.equal(got.pop(name), expected.pop(name)), name
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+class Operators:
+    """A backend of torch.compile that counts the neurons that are one operator."""
+
+    def __init__(self):
+        self.found = 0
+
+    def __call__(self, graph, inputs):
+        for node in graph.graph.nodes:
+            self.found += node.target is torch.ops.sj_taid.neuron.default
+        return graph
+
+
+ACCELERATED = [
+    *("LIFNode", "ParametricLIFNode", "IFNode", "ILIFNode", "KLIFNode", "QIFNode", "EIFNode"),
+    *("ComplementaryLIFNode", "CUBALIFNode", "IzhikevichNode", "TernaryLIFNode"),
+]
+
+
+@pytest.mark.skipif(not compat.FUNCTIONAL_STATES, reason="0.0.0.0.14 breaks graphs at its neurons")
+@pytest.mark.parametrize("kind", [ALIFNode, *ACCELERATED, *own_neurons.OWN])
+def test_an_accelerated_neuron_is_one_operator(kind):
+    kind = getattr(neuron, kind) if isinstance(kind, str) else kind
+    node = kind()
+    net = nn.Sequential(layer.Conv2d(3, 4, 1), layer.BatchNorm2d(4), node)
+    functional.set_step_mode(net, "m")
+    plain, x = copy.deepcopy(net), torch.randn(3, 2, 3, 4, 5)
+    accelerate(net)
+    operators, found = Operators(), []
+    for forward, module in ((plain, plain), (torch.compile(net, backend=operators), net)):
+        functional.reset_net(module)
+        spikes = forward(x)
+        spikes.square().sum().backward()
+        found.append({n: p.grad for n, p in module.named_parameters() if p.grad is not None})
+        found[-1]["spikes"] = spikes.detach()
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+    assert operators.found == 1
+
+
+@pytest.mark.skipif(not compat.FUNCTIONAL_STATES, reason="0.0.0.0.14 breaks graphs at its neurons")
+@pytest.mark.parametrize(("name", "value"), [("tau", 5.0), ("v_reset", None), ("alpha", 4.0)])
+def test_a_change_after_compile_is_seen(name, value):
+    node = neuron.LIFNode(v_threshold=0.2, surrogate_function=surrogate.ATan())
+    net = nn.Sequential(layer.Linear(4, 5), node)
+    functional.set_step_mode(net, "m")
+    plain, x, found = copy.deepcopy(net), torch.randn(3, 8, 4), []
+    accelerate(net)
+    compiled = torch.compile(net, backend="aot_eager")
+    compiled(x)
+    for forward, module in ((plain, plain), (compiled, net)):
+        functional.reset_net(module)
+        setattr(module[1].surrogate_function if name == "alpha" else module[1], name, value)
+        spikes = forward(x)
+        spikes.square().sum().backward()
+        found.append([spikes.detach(), *(p.grad for p in module.parameters())])
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.slow

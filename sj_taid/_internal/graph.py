@@ -66,6 +66,15 @@ def is_eager() -> bool:
     )
 
 
+def constant_in_graphs(function: Any) -> Any:
+    """Let torch.compile run ``function`` as it is, and use what it returns as a constant.
+
+    As ``torch.compiler.assume_constant_result``, without importing Dynamo, which takes a second.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
 def steps_aside() -> bool:
     """Whether something traces, counts or transforms operations, and needs plain modules."""
     if torch.jit.is_tracing() or torch.compiler.is_exporting():

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from .._internal import graph
 from ..ops import backends, bits
-from ..ops.alif.plan import Dynamics, Plans, Spec, arranged
+from ..ops.alif.plan import Plans, Spec, arranged
 from ..ops.bits import is_dense
+from ..ops.step.read import Reading
 from .kept import Kept, Memory, keep
 from .saving import Recipe, unchanged
 
@@ -74,13 +75,13 @@ class Place:
             return None
         return Place(at, self.channels, self.inner, self.about)
 
-    def spec(self, dynamics: Dynamics, per_channel: bool, fixed: bool, *flags: bool) -> Spec:
+    def spec(self, reading: Reading, fixed: bool, *flags: bool) -> Spec:
         """The spec of a neuron that takes the norm's input."""
         dtype, device = self.about
         steps, neurons = self.at.shape[0], self.at.numel() // self.at.shape[0]
         inner = self.inner if self.channels > 1 else neurons
         layout: Any = self.channels, inner, tuple(self.at.shape), self.at.stride()
-        about: Any = (dynamics, dtype, device, steps, neurons, *layout, per_channel, True, fixed)
+        about: Any = (reading, dtype, device, steps, neurons, *layout, True, fixed)
         return Spec(*about, *flags)
 
 
@@ -159,12 +160,14 @@ def reader_of(node: Any) -> str:
     return node._taid_name or type(node).__name__
 
 
-def find_source(y: Kept, node: Any) -> Source | None:
-    """What a neuron takes instead of ``y``, or ``None``: then it reads the values."""
+def find_source(y: Kept, node: Any, per_channel: bool) -> Source | None:
+    """What a neuron takes instead of ``y``, or ``None``: then it reads the values.
+
+    ``per_channel``: whether it has parameters for each channel.
+    """
     source, place, memory = y._source, y._place, y._memory
     if not y.requires_grad:  # as after detach_()
         return None
-    per_channel = getattr(node, "channels", None) is not None
     reason = place.why_channels_apart if per_channel else place.why_apart
     is_known = memory.is_known and y._version == y._known_version
     if not reason and not (is_known and (not y.is_cuda or y.covers(y))):

@@ -13,7 +13,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_leaves
 
 from .._internal import compat
-from ..fused_neuron import NO_LEAK_W, restore
+from ..fused_neuron import restore
 from ..monitoring import notes_on_thresholds, warn_of
 from ..neuron import ALIFNode
 from ..ops import backends
@@ -55,6 +55,11 @@ class Report:
         return "\n".join(filter(None, (head, table_of(self.rows), self.remark)))
 
     __repr__ = __str__
+
+
+#: ``w`` of a neuron without leak (IF): its sigmoid is 0, in float64 too. Not -inf, which would make
+#: averaged weights NaN.
+NO_LEAK_W = -1024.0
 
 
 def swap_neurons(

@@ -10,10 +10,11 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from .._internal import compat
-from ..fused_neuron import Accelerated, read_neuron, restore
+from ..fused_neuron import Accelerated, note_for_graphs, restore
 from ..neuron import ALIFNode
-from ..ops import backends, surrogate
+from ..ops import backends
 from ..ops.step.read import Reading
+from ..ops.step.readings import read_neuron
 from ..ops.step.record import Neuron
 from .modules import (
     AcceleratedALIF,
@@ -31,7 +32,6 @@ from .neurons import (
     describe_single_steps,
     find_neurons,
     need_neurons,
-    why_no_alif,
 )
 from .report import Row
 from .summary import ALREADY, FUSED, Acceleration, measure, norms_of, report_of
@@ -108,7 +108,10 @@ def _exchange_classes(net: nn.Module) -> dict[str, Row]:
         reason = _why_not(site)
         rows[site.path] = site.row("" if reason else FUSED, reason or _describe_equality(site))
         if not reason:
+            found = _read(site)
             accelerate_module(site.node)._taid_name = site.path
+            if not isinstance(site.node, ALIFNode):
+                note_for_graphs(site.node, found)  # type: ignore[arg-type]
     if any(isinstance(m, AcceleratedALIF | AcceleratedNeuron) for m in net.modules()):
         for _, norm in norms_of(net):
             if not isinstance(norm, AcceleratedNorm) and not why_no_norm(norm):
@@ -125,13 +128,9 @@ def _why_not(site: Site) -> str | None:
         return "it is parametrized"
     if isinstance(node, ALIFNode) and node.backend == "torch":
         return "its backend is torch"
-    if site.device.type == "cpu":
-        reason = None if isinstance(node, ALIFNode) else compat.why_no_step(node.__class__)
-        successor = f"swap_neurons(net, replace={{{node.__class__.__name__}: ...}})"
-        reason = reason and f"{reason}; {successor} gives it a successor"
-    else:
-        reason = None if isinstance(node, ALIFNode) else why_no_alif(node)
-        reason = reason or surrogate.unsupported(node.surrogate_function)
+    reason = None if isinstance(node, ALIFNode) else compat.why_no_step(node.__class__)
+    successor = f"swap_neurons(net, replace={{{node.__class__.__name__}: ...}})"
+    reason = reason and f"{reason}; {successor} gives it a successor"
     if reason:
         return reason
     if node.step_mode != "m":
@@ -141,29 +140,33 @@ def _why_not(site: Site) -> str | None:
         )
     if any(map(callable, vars(node).values())):
         return "a function of its own, which the fused operator would not call"
-    x = torch.empty(1, 1, dtype=site.dtype, device=site.device)
-    function = None if site.device.type == "cpu" else node.surrogate_function
-    if backends.resolve(backends.AUTO, x, function).engine is None:
-        return f"no fused operator for {x.dtype} on {x.device.type}"
     found = _read(site)
     return found if isinstance(found, str) else None
 
 
-def _read(site: Site) -> Reading | str | None:
-    """A neuron's step as it is read for the inputs that its parameters fit, or why it is not."""
-    if site.device.type != "cpu":
-        return None
+def _read(site: Site) -> dict[int, Reading] | str:
+    """A neuron's step as it is read for the inputs that its parameters fit, or why it is not.
+
+    By the number of axes of a step.
+    """
+    x = torch.empty(1, 1, dtype=site.dtype, device=site.device)
+    engine = backends.resolve(backends.AUTO, x).engine
+    if engine is None:
+        return f"no fused operator for {x.dtype} on {x.device.type}"
     node: Any = site.node
     run: Any = node._taid_step if isinstance(node, ALIFNode) else compat.step_of(node.__class__)
     sizes = [t.numel() for t in Neuron(node, run).tensors.values() if t.numel() > 1]
-    channels = sizes[0] if sizes else 3
-    found = [read_neuron(node, (2, channels, *more), run) for more in ((5, 7), ())]
-    return next((f for f in found if isinstance(f, Reading)), found[0])
+    channels, about = sizes[0] if sizes else 3, (run, engine, site.device)
+    shapes = [(2, channels, *more) for more in ((5, 7), (), (5,), (5, 7, 9))]
+    found = {len(shape): read_neuron(node, shape, *about) for shape in shapes}
+    read = {axes: one for axes, one in found.items() if isinstance(one, Reading)}
+    return read or str(found[4])
 
 
 def _describe_equality(site: Site) -> str:
     """How equal the outputs of an accelerated neuron are to the plain one's."""
     found = _read(site)
-    if not isinstance(found, Reading) or site.dtype.itemsize < 4 or isinstance(site.node, ALIFNode):
+    if isinstance(found, str) or site.dtype.itemsize < 4 or isinstance(site.node, ALIFNode):
         return describe_equality(site)
-    return f"equal outputs{'' if found.exact else ' to rounding'}"
+    is_exact = all(reading.exact for reading in found.values())
+    return f"equal outputs{'' if is_exact else ' to rounding'}"

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 from functools import cache
-from operator import attrgetter
 from typing import Any
 
 import torch
-from spikingjelly.activation_based import layer, neuron
+from spikingjelly.activation_based import layer
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
@@ -19,9 +18,8 @@ from ..kept.kept import Kept
 from ..kept.norms import normalize, place_of
 from ..kept.saving import run_saving
 from ..neuron import ALIFNode
-from ..ops.alif.plan import Charge, Plans
+from ..ops.alif.plan import Plans
 from ..ops.step.record import is_state
-from . import neurons
 
 
 class Exchanged(Accelerated):
@@ -48,17 +46,8 @@ def accelerated_class(kind: Any, mixin: Any) -> type:
     names = {"_taid_kind": kind, "_taid_mixin": mixin}
     names |= {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
     names["_taid_stores_states"] = hasattr(kind, "store_state_seqs")
-    if mixin is AcceleratedLIF:
-        numbers = "v_reset", "detach_reset", "v_threshold", *_charges(kind)
-        names["_taid_numbers"] = attrgetter(*numbers)
+    names["_taid_starts_at_numbers"] = compat.starts_at_numbers(kind)
     return type(kind.__name__, (mixin, kind), names)
-
-
-def _charges(kind: type) -> tuple[str, ...]:
-    """The plain attributes that a LIF, PLIF or IF charges by."""
-    if issubclass(kind, neuron.LIFNode):
-        return "decay_input", "tau"
-    return ("decay_input",) if issubclass(kind, neuron.ParametricLIFNode) else ()
 
 
 def accelerate_module(module: Any) -> Any:
@@ -69,7 +58,7 @@ def accelerate_module(module: Any) -> Any:
     elif issubclass(kind, ALIFNode):
         mixin = AcceleratedALIF
     else:
-        mixin = AcceleratedNeuron if neurons.why_no_alif(module) else AcceleratedLIF
+        mixin = AcceleratedNeuron
     module.__class__ = accelerated_class(kind, mixin)
     return module
 
@@ -128,6 +117,7 @@ class AcceleratedNeuron(Exchanged, FusedNeuron):
     """A neuron on the fused operator; all else is its own."""
 
     _taid_stores_states: bool  #: whether its class can store each step's states, as CLIF
+    _taid_starts_at_numbers: bool  #: :func:`..compat.starts_at_numbers` of its class
 
     @property
     def _taid_step(self) -> Any:
@@ -169,41 +159,10 @@ class AcceleratedNeuron(Exchanged, FusedNeuron):
             if is_state(name, value):
                 states[name] = value
                 are_numbers &= not isinstance(value, Tensor)
-        if compat.FUNCTIONAL_STATES and not (
-            are_numbers and compat.starts_at_numbers(self._taid_kind)
-        ):
+        if compat.FUNCTIONAL_STATES and not (are_numbers and self._taid_starts_at_numbers):
             made = node.materialize_states((x_seq,), tuple(node._memories.values()), "m")
             states |= {n: v for n, v in zip(node._memories, made, strict=True) if n in states}
         return states
-
-
-class AcceleratedLIF(AcceleratedNeuron):
-    """A LIF, PLIF, IF or integer LIF, which the kernels of a GPU know."""
-
-    def _taid_constants(self, dtype: torch.dtype) -> tuple[Charge, float | None, float | None]:
-        node: Any = self
-        v_threshold = None if isinstance(node.v_threshold, Tensor) else float(node.v_threshold)
-        if isinstance(node, neuron.IFNode):
-            return Charge.NO_LEAK, None, v_threshold
-        charge = Charge.DECAY_INPUT if node.decay_input else Charge.LEAK
-        if isinstance(node, neuron.ParametricLIFNode):
-            return charge, None, v_threshold
-        tau = float(node.tau)
-        if reason := neurons.why_no_w(tau):
-            raise ValueError(f"{self._taid_label()}: {reason}; sj_taid.unaccelerate(net) first")
-        return charge, neurons.nearest_w(tau, dtype), v_threshold
-
-    def _taid_operands(self) -> tuple[Tensor | None, Tensor | None]:
-        node: Any = self
-        v_threshold = node.v_threshold if isinstance(node.v_threshold, Tensor) else None
-        return getattr(node, "w", None), v_threshold
-
-    def _taid_start(self, x_seq: Tensor) -> dict[str, Any]:
-        """As in SpikingJelly: 2.x moves a voltage, and starts again if its shape is another."""
-        v = self.v
-        if isinstance(v, Tensor) and compat.FUNCTIONAL_STATES:
-            v = v.to(x_seq.device) if v.shape == x_seq.shape[1:] else self.v_reset or 0.0
-        return {"v": v}
 
 
 def _memory_order(x: Tensor) -> torch.memory_format:

@@ -14,7 +14,6 @@ from torch.overrides import TorchFunctionMode
 
 from .._internal import compat
 from ..fused_neuron import Accelerated
-from ..ops import backends
 from ..ops.bits import LARGEST_COUNT
 from ..ops.surrogate import counts, levels_of
 from .report import Row
@@ -144,14 +143,8 @@ def why_no_w(tau: float) -> str | None:
     return None if tau > 1.0 else f"its tau is {tau}, and sigmoid(w) = 1/tau needs more than 1"
 
 
-@backends.constant_in_graphs
-def nearest_w(tau: float, dtype: torch.dtype) -> float:
-    """:func:`_nearest_w`, whose cache Dynamo would warn of."""
-    return _nearest_w(tau, dtype)
-
-
 @lru_cache
-def _nearest_w(tau: float, dtype: torch.dtype) -> float:
+def nearest_w(tau: float, dtype: torch.dtype) -> float:
     """The ``w`` of ``dtype`` whose sigmoid is nearest to ``1/tau``.
 
     ``-log(tau - 1)`` rounded to ``dtype`` can be a few units in the last place off; a neighbour

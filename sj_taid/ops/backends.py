@@ -4,7 +4,7 @@ A :class:`Backend` has these functions:
 
 * ``multi_step(x_seq, v, w, v_threshold, *, ...)`` with the signature and the results of
   :func:`sj_taid.ops.alif.reference.multi_step`;
-* ``unsupported(x_seq, surrogate_function)``: why it cannot take this call, or ``None``;
+* ``unsupported(x_seq)``: why it cannot take this input, or ``None``;
 * its ``engine``'s, if it is fused.
 
 :data:`BACKENDS` holds functions that import these modules, so that a backend costs nothing until it
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._internal.graph import is_watched
+from .._internal.graph import constant_in_graphs, is_watched
 from . import bits
 from .alif import reference
 
@@ -32,7 +32,7 @@ class Backend(NamedTuple):
     """One way to run ALIF."""
 
     multi_step: Callable[..., tuple[Any, ...]]
-    unsupported: Callable[[Tensor, Any], str | None]
+    unsupported: Callable[[Tensor], str | None]
     #: its plans, if it is fused: an ``alif.plan.Engine``
     engine: Any = None
 
@@ -42,7 +42,7 @@ class BackendUnavailableError(RuntimeError):
 
 
 def _torch() -> Backend:
-    return Backend(reference.multi_step, lambda x_seq, surrogate_function: None)
+    return Backend(reference.multi_step, lambda x_seq: None)
 
 
 def _numba() -> Backend:
@@ -74,15 +74,6 @@ NEEDS: dict[str, str] = {
 #: without gradients and 1.1 to 1.2 with them, and less than torch everywhere else. cupy gets one
 #: when experiments/benchmark/neuron.py has measured it on a GPU.
 PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("numba",), "cuda": ("cupy",)}
-
-
-def constant_in_graphs(function: Any) -> Any:
-    """Let torch.compile run ``function`` as it is, and use what it returns as a constant.
-
-    As ``torch.compiler.assume_constant_result``, without importing Dynamo, which takes a second.
-    """
-    function._dynamo_marked_constant = True
-    return function
 
 
 _warned: set[str] = set()
@@ -136,7 +127,7 @@ def _failure_of(load: Callable[[], Backend]) -> Exception | None:
     return None
 
 
-def resolve(name: str, x_seq: Tensor, surrogate_function: Any) -> Backend:
+def resolve(name: str, x_seq: Tensor) -> Backend:
     """The backend that runs this call.
 
     An explicit ``name`` runs or raises :class:`BackendUnavailableError`, from the original
@@ -149,7 +140,7 @@ def resolve(name: str, x_seq: Tensor, surrogate_function: Any) -> Backend:
     if name == AUTO:
         name = check_name(os.environ.get(ENVIRONMENT_VARIABLE) or AUTO, ENVIRONMENT_VARIABLE)
     if name != AUTO:
-        found = _find(name, x_seq, surrogate_function)
+        found = _find(name, x_seq)
         if isinstance(found, str):
             raise BackendUnavailableError(found) from why_not(name)
         return found
@@ -158,19 +149,19 @@ def resolve(name: str, x_seq: Tensor, surrogate_function: Any) -> Backend:
     is_double = x_seq.dtype == torch.float64
     torch_only = is_double or is_watched() or torch.compiler.is_exporting()
     for candidate in () if torch_only else PREFERENCE.get(x_seq.device.type, ()):
-        found = _find(candidate, x_seq, surrogate_function)
+        found = _find(candidate, x_seq)
         if not isinstance(found, str):
             return found
-        _warn_once(f"{found}. Falling back from {candidate!r}; say backend=... to choose.")
+        warn_once(f"{found}. Falling back from {candidate!r}; say backend=... to choose.")
     return _torch()
 
 
-def _find(name: str, x_seq: Tensor, surrogate_function: Any) -> Backend | str:
+def _find(name: str, x_seq: Tensor) -> Backend | str:
     """The backend, or why it cannot run this call."""
     if reason := _describe_failure(name):
         return reason
     backend = BACKENDS[name]()
-    reason = backend.unsupported(x_seq, surrogate_function)
+    reason = backend.unsupported(x_seq)
     return f"backend {name!r} cannot take this call: {reason}" if reason else backend
 
 
@@ -196,7 +187,7 @@ def _describe_failure(name: str) -> str | None:
 
 
 @constant_in_graphs
-def _warn_once(message: str) -> None:
+def warn_once(message: str) -> None:
     if message not in _warned:
         _warned.add(message)
         warnings.warn(message, RuntimeWarning, stacklevel=4)

@@ -308,7 +308,7 @@ def test_accelerated_net_on_meta():
 
 
 def test_a_backend_that_is_not_fused_reads_the_norms_values(monkeypatch):
-    plain = backends.Backend(reference.multi_step, lambda x_seq, surrogate_function: None)
+    plain = backends.Backend(reference.multi_step, lambda x_seq: None)
     monkeypatch.setitem(backends.BACKENDS, "mine", lambda: plain)
     net, x_seq = robust(
         lambda: (make_net([partial(ALIFNode, backend="mine")] * 3), images()), passes=train

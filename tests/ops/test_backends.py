@@ -7,7 +7,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from spikingjelly.activation_based import functional, layer, neuron, surrogate
+from spikingjelly.activation_based import functional, layer, neuron
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
@@ -36,7 +36,7 @@ def broken(monkeypatch):
 
 
 def resolve(name):
-    return backends.resolve(name, X, surrogate.ATan())
+    return backends.resolve(name, X)
 
 
 @pytest.mark.usefixtures("broken")
@@ -57,7 +57,7 @@ def test_resolve_auto_falls_back_and_says_why_once(broken):
 
 
 def test_resolve_refuses_an_unsupported_call_with_its_reason(monkeypatch):
-    picky = backends.Backend(reference.multi_step, lambda x, s: "it is Tuesday")
+    picky = backends.Backend(reference.multi_step, lambda x: "it is Tuesday")
     monkeypatch.setitem(backends.BACKENDS, "picky", lambda: picky)
     with pytest.raises(backends.BackendUnavailableError, match="it is Tuesday"):
         resolve("picky")
@@ -86,7 +86,7 @@ class Watching(TorchDispatchMode):
 
 
 def test_resolve_auto_takes_torch_while_a_dispatch_mode_watches(monkeypatch):
-    fused = backends.Backend(lambda *_: None, lambda x, s: None)
+    fused = backends.Backend(lambda *_: None, lambda x: None)
     monkeypatch.setitem(backends.BACKENDS, "fused", lambda: fused)
     monkeypatch.setitem(backends.PREFERENCE, "cpu", ("fused",))
     with Watching():

@@ -6,24 +6,17 @@ a norm's mean and rstd, and the plan's checkpoints; the rest is recomputed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..._internal import graph
-from .. import surrogate
-from ..bits import is_dense
-from . import compiled, reference
-from .plan import Charge, Dynamics, Engine, arranged, find_plan, spec_of
-from .reference import state_dtype
+from .plan import arranged
 
 
-def unsupported(
-    device: str, dtypes: tuple[torch.dtype, ...], x_seq: Tensor, surrogate_function: Any
-) -> str | None:
-    """Why a fused operator of a device and of these dtypes cannot take the call, or ``None``."""
+def unsupported(device: str, dtypes: tuple[torch.dtype, ...], x_seq: Tensor) -> str | None:
+    """Why a fused operator of a device and of these dtypes cannot take the input, or ``None``."""
     if x_seq.device.type != device:
         return f"the input is on {x_seq.device}, expected on {device}; move it: x.to({device!r})"
     if x_seq.dtype not in dtypes:
@@ -31,7 +24,7 @@ def unsupported(
             f"the input is {x_seq.dtype}, expected one of {', '.join(map(str, dtypes))}; "
             "convert it, or use backend='torch'"
         )
-    return surrogate_function and surrogate.unsupported(surrogate_function)
+    return None
 
 
 _UNFUSED = "backend='torch' for ALIF, sj_taid.unaccelerate(net) for an accelerated net"
@@ -147,59 +140,3 @@ class _Backward(torch.autograd.Function):
             "the fused operator has no second derivatives, which torch.autograd.functional.jvp "
             f"needs too: use {_UNFUSED}"
         )
-
-
-def multi_step(
-    engine: Engine,
-    x_seq: Tensor,
-    v: Tensor | float,
-    w: Tensor | None,
-    v_threshold: Tensor,
-    *,
-    store_v_seq: bool,
-    **options: Any,
-) -> tuple[Any, ...]:
-    """:func:`sj_taid.ops.alif.reference.multi_step` by a fused engine.
-
-    A dense ``x_seq`` with time outermost is taken in its own layout (contiguous, channels-last);
-    any other is made contiguous once. In a graph of ``torch.compile`` the neuron is one operator;
-    what traces or transforms takes the definition.
-    """
-    compiles = torch.compiler.is_compiling()
-    is_plain = graph.is_eager() and type(x_seq) in (Tensor, nn.Parameter)
-    if not (compiles or is_plain):
-        options["store_v_seq"] = store_v_seq
-        return reference.multi_step(x_seq, v, w, v_threshold, **options)
-    operands, v_init = operands_of(x_seq, v, w, v_threshold)
-    x_seq, v0, w, v_threshold = operands
-    dynamics = dynamics_of(w, options)
-    if compiles:
-        about: Any = int(dynamics.charge), *dynamics[3:], store_v_seq
-        spike_seq, v_last, v_seq = compiled.alif(x_seq, v0, v_init, w, v_threshold, *about)
-        return spike_seq, v_last, v_seq if store_v_seq else None
-    saves = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
-    spec = spec_of(x_seq, dynamics, v_threshold.dim() > 0, store_v_seq=store_v_seq, saves=saves)
-    no_norm = None, None, None, None
-    return apply_fused(find_plan(engine, spec), v_init, "", *operands, *no_norm)[:3]
-
-
-def operands_of(
-    x_seq: Tensor, v: Tensor | float, w: Tensor | None, v_threshold: Tensor
-) -> tuple[tuple[Any, ...], Any]:
-    """A plan's operands, but for a norm's, and its ``v_init``."""
-    dtype = state_dtype(x_seq.dtype)
-    x_seq = x_seq if is_dense(x_seq) else x_seq.contiguous()
-    v0 = arranged(v if isinstance(v, Tensor) else None, x_seq.stride()[1:])
-    v_threshold = v_threshold.to(dtype)
-    if w is not None:
-        w, v_threshold = torch.broadcast_tensors(w.to(dtype), v_threshold)
-        w = w.contiguous()
-    return (x_seq, v0, w, v_threshold.contiguous()), 0.0 if v0 is not None else v
-
-
-def dynamics_of(w: Tensor | None, options: Mapping[str, Any]) -> Dynamics:
-    """The dynamics of a call with tensors."""
-    charge = Charge.DECAY_INPUT if options["decay_input"] else Charge.LEAK
-    charge = Charge.NO_STATE if w is None else charge
-    about = charge, None, None, options["v_reset"], options["detach_reset"]
-    return Dynamics(*about, *surrogate.derivative_of(options["surrogate_function"]))

@@ -6,95 +6,143 @@ as long. A norm before the neuron is torch's own there.
 
 from __future__ import annotations
 
+import hashlib
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..._internal.graph import constant_in_graphs
 from ..bits import is_dense
-from .plan import ENGINES, Charge, Dynamics, Needs, arranged, find_plan, spec_of
+from ..step.read import Reading
+from .plan import ENGINES, arranged, find_plan, spec_of
 from .reference import state_dtype
 
-_NEURON = "Tensor x, Tensor? v0, float v_init, Tensor? w, Tensor v_threshold"
-_DYNAMICS = (
-    "int charge, float? v_reset, bool detach_reset, str surrogate, float a, float b, int levels, "
-    "float[] parameters"
-)
-_GRADS = "Tensor? grad_spike, Tensor? grad_v, Tensor? grad_v_seq"
+#: a hash -> the reading: the same in every process, since torch keeps compiled graphs on disk
+_READINGS: dict[str, Reading] = {}
+
+#: the states that are tensors, as ``starts`` says, and numbers for the others
+_NEURON = "Tensor x, Tensor[] states, bool[] starts, float[] v_init, Tensor[] parameters, str key"
+_GRADS = "Tensor[] grads, bool[] given"
 _NO_NORM = (None,) * 4
 
 
-def _plan_of(x: Tensor, v_threshold: Tensor, dynamics: Any, store_v_seq: bool, saves: bool) -> Any:
-    charge, *rest, parameters = dynamics
-    about: Any = Charge(charge), None, None, *rest, tuple(parameters)
-    dynamics = Dynamics(*about)
-    spec = spec_of(x, dynamics, v_threshold.dim() > 0, store_v_seq=store_v_seq, saves=saves)
+@lru_cache(maxsize=4096)
+def key_of(reading: Reading) -> str:
+    """The name of a reading in graphs."""
+    key = hashlib.sha256(repr(reading).encode()).hexdigest()[:32]
+    _READINGS[key] = reading
+    return key
+
+
+@constant_in_graphs
+def is_known(key: str) -> bool:
+    """Whether this process has the reading."""
+    return key in _READINGS
+
+
+def run(
+    x: Tensor, states: Any, v_init: Any, parameters: Any, key: str, store_v_seq: bool
+) -> tuple[Any, ...]:
+    """Outputs, last states and, if asked for, every voltage; a state is ``None`` for its number."""
+    starts = [v is not None for v in states]
+    given = [v for v in states if v is not None]
+    found = neuron(x, given, starts, list(v_init), list(parameters), key, store_v_seq)
+    return *found[:-1], found[-1] if store_v_seq else None
+
+
+def _plan_of(x: Tensor, key: str, store_v_seq: bool, saves: bool) -> Any:
+    spec = spec_of(x, _READINGS[key], store_v_seq=store_v_seq, saves=saves)
     return find_plan(ENGINES[x.device.type], spec)
 
 
+def _spread(tensors: Any, are_given: Any, strides: Any) -> list[Tensor | None]:
+    """The tensors that are given at their places, in memory by ``strides``."""
+    left = iter(tensors)
+    return [arranged(next(left), strides) if given else None for given in are_given]
+
+
 @torch.library.custom_op(
-    "sj_taid::alif",
+    "sj_taid::neuron",
     mutates_args=(),
-    schema=f"({_NEURON}, {_DYNAMICS}, bool store_v_seq) -> (Tensor, Tensor, Tensor)",
+    schema=f"({_NEURON}, bool store_v_seq) -> Tensor[]",
 )
-def alif(*arguments: Any) -> tuple[Tensor, ...]:
-    """Spikes, last voltage and, if asked for, every voltage; else a tensor of no elements."""
-    x, v0, v_init, w, v_threshold, *dynamics, store_v_seq = arguments
+def neuron(*arguments: Any) -> list[Tensor]:
+    """Outputs, last states and, if asked for, every voltage; else a tensor of no elements."""
+    x, states, starts, v_init, parameters, key, store_v_seq = arguments
     x = x if is_dense(x) else x.contiguous()  # Inductor compares the layout of what it is given
-    v0 = arranged(v0, x.stride()[1:])
-    plan = _plan_of(x, v_threshold, dynamics, store_v_seq, False)
-    spike_seq, v, v_seq, *_ = plan.forward(v_init, x, v0, w, v_threshold, *_NO_NORM)
-    return spike_seq, v, v.new_empty(0) if v_seq is None else v_seq
+    plan = _plan_of(x, key, store_v_seq, False)
+    states = _spread(states, starts, x.stride()[1:])
+    *found, v_seq, _, _ = plan.forward(tuple(v_init), x, *states, *parameters, *_NO_NORM)
+    return [*found, x.new_empty(0, dtype=torch.float32) if v_seq is None else v_seq]
 
 
-@alif.register_fake
-def _(x: Tensor, *others: Any) -> tuple[Tensor, ...]:
+@neuron.register_fake
+def _(x: Tensor, states: Any, starts: Any, *others: Any) -> list[Tensor]:
     dtype = state_dtype(x.dtype)
     v_seq = torch.empty_like(x, dtype=dtype) if others[-1] else x.new_empty(0, dtype=dtype)
-    return torch.empty_like(x), torch.empty_like(x[0], dtype=dtype), v_seq
+    last = [torch.empty_like(x[0], dtype=dtype) for _ in starts]
+    return [torch.empty_like(x), *last, v_seq]
 
 
 @torch.library.custom_op(
-    "sj_taid::alif_backward",
+    "sj_taid::neuron_backward",
     mutates_args=(),
-    schema=f"({_GRADS}, {_NEURON}, {_DYNAMICS}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({_GRADS}, {_NEURON}, bool[] needs) -> Tensor[]",
 )
-def alif_backward(grad_spike: Any, grad_v: Any, grad_v_seq: Any, *others: Any) -> tuple[Any, ...]:
-    """The gradients of x, v0, w and v_threshold; of no elements where they are not needed."""
-    x, v0, v_init, w, v_threshold, *dynamics, needs = others
+def neuron_backward(*arguments: Any) -> list[Tensor]:
+    """The gradients of x, states and parameters; of no elements where they are not needed."""
+    grads, given, x, states, starts, v_init, parameters, key, needs = arguments
     x = x if is_dense(x) else x.contiguous()
-    strides, step = x.stride(), x.stride()[1:]
-    plan = _plan_of(x, v_threshold, dynamics, grad_v_seq is not None, True)
-    operands = x, arranged(v0, step), w, v_threshold, *_NO_NORM
-    checkpoint = plan.forward(v_init, *operands)[3] if plan.has_checkpoint else None
-    grads = arranged(grad_spike, strides), arranged(grad_v, step), arranged(grad_v_seq, strides)
-    found = plan.backward(Needs._make([*needs, False]), v_init, (*grads, checkpoint), operands)
-    return tuple(x.new_empty(0) if grad is None else grad for grad in found[:4])
+    plan = _plan_of(x, key, given[-1], True)
+    order, step = x.stride(), x.stride()[1:]
+    operands = x, *_spread(states, starts, step), *parameters, *_NO_NORM
+    v_init = tuple(v_init)
+    checkpoint = plan.forward(v_init, *operands)[-2] if plan.has_checkpoint else None
+    left = iter(grads)
+    upstream = [next(left) if is_given else None for is_given in given]
+    of_states = [arranged(grad, step) for grad in upstream[1:-1]]
+    upstream = [arranged(upstream[0], order), *of_states, arranged(upstream[-1], order)]
+    found = plan.backward((*needs, False), v_init, (*upstream, checkpoint), operands)
+    return [x.new_empty(0) if grad is None else grad for grad in found[:-2]]
 
 
-@alif_backward.register_fake
-def _(*arguments: Any) -> tuple[Tensor, ...]:
-    x, _, _, _, v_threshold, *_, needs = arguments[3:]
-    likes = x, x[0].to(state_dtype(x.dtype)), v_threshold, v_threshold
+@neuron_backward.register_fake
+def _(*arguments: Any) -> list[Tensor]:
+    _, _, x, _, starts, _, parameters, _, needs = arguments
+    likes = x, *[x[0].to(state_dtype(x.dtype)) for _ in starts], *parameters
     pairs = zip(needs, likes, strict=True)
-    return tuple(torch.empty_like(like) if need else x.new_empty(0) for need, like in pairs)
+    return [torch.empty_like(like) if need else x.new_empty(0) for need, like in pairs]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, v0, v_init, w, v_threshold, *options = inputs
-    ctx.save_for_backward(x, v0, w, v_threshold)
-    ctx.call = v_init, options
+    x, states, starts, v_init, parameters, *others = inputs
+    ctx.save_for_backward(x, *states, *parameters)
+    ctx.call = starts, v_init, len(states), others
+    ctx.needs = (
+        x.requires_grad,
+        [t.requires_grad for t in states],
+        [t.requires_grad for t in parameters],
+    )
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, grad_spike: Any, grad_v: Any, grad_v_seq: Any) -> tuple[Any, ...]:
-    x, v0, w, v_threshold = ctx.saved_tensors
-    v_init, (*dynamics, store_v_seq) = ctx.call
-    needs = [ctx.needs_input_grad[i] for i in (0, 1, 3, 4)]
-    grads = grad_spike, grad_v, grad_v_seq if store_v_seq else None
-    found = alif_backward(*grads, x, v0, v_init, w, v_threshold, *dynamics, needs)
-    wanted = [grad if need else None for grad, need in zip(found, needs, strict=True)]
-    return *wanted[:2], None, *wanted[2:], *[None] * (len(dynamics) + 1)
+def _differentiate(ctx: Any, found: Any) -> tuple[Any, ...]:
+    x, *tensors = ctx.saved_tensors
+    starts, v_init, size, (key, store_v_seq) = ctx.call
+    states, parameters = tensors[:size], tensors[size:]
+    grads = [*found[:-1], found[-1] if store_v_seq else None]
+    given = [grad is not None for grad in grads]
+    needs_x, of_states, of_parameters = ctx.needs
+    left = iter(of_states)
+    needs = [needs_x, *(start and next(left) for start in starts), *of_parameters]
+    about = x, states, starts, v_init, parameters, key
+    grad_x, *rest = neuron_backward([g for g in grads if g is not None], given, *about, needs)
+    rest = [grad if need else None for grad, need in zip(rest, needs[1:], strict=True)]
+    last = len(starts)
+    of_states = [grad for grad, start in zip(rest[:last], starts, strict=True) if start]
+    return grad_x if needs_x else None, of_states, None, None, rest[last:], None, None
 
 
-alif.register_autograd(_differentiate, setup_context=_save)
+neuron.register_autograd(_differentiate, setup_context=_save)

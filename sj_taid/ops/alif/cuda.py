@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from array import array
 from collections import Counter
+from collections.abc import Callable
 from functools import cache, lru_cache, partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -18,9 +19,10 @@ import torch
 from torch import Tensor
 
 from .. import bits
-from . import autograd, kernels
-from .kernels import NEED_NORM, NEED_V_THRESHOLD, NEED_W, NEED_X, Grid
-from .plan import ENGINES, Engine, Needs, Plan, Spec
+from ..step.read import MOST_TOTALS
+from . import autograd, fused, kernels
+from .kernels import NEED_NORM, NEED_TOTAL, NEED_X, Grid
+from .plan import ENGINES, Engine, Plan, Spec
 
 if torch.version.hip:
     raise ImportError("the kernels are for NVIDIA GPUs, not for ROCm")
@@ -78,7 +80,7 @@ class _Launch(NamedTuple):
     constants: array[int]
     sums: tuple[int, int]  #: the shape of what its threads write to be added up, if anything
 
-    def __call__(self, *tensors: Tensor | None, v_init: float | None = None) -> None:
+    def __call__(self, *tensors: Tensor | None, v_init: tuple[float, ...] = ()) -> None:
         if torch._C._cuda_getDevice() != self.device:
             with torch.cuda.device(self.device):
                 self(*tensors, v_init=v_init)
@@ -86,8 +88,8 @@ class _Launch(NamedTuple):
         struct = self.constants[:]
         for tensor in tensors:
             struct.append(0 if tensor is None else tensor.data_ptr())
-        if v_init is not None:
-            struct.frombytes(array("f", (v_init, 0.0)).tobytes())
+        if v_init:
+            struct.extend(_words("f", *v_init))
         stream = SimpleNamespace(ptr=torch._C._cuda_getCurrentRawStream(self.device))
         # The driver copies the struct before this returns.
         arguments = (_Address(struct.buffer_info()[0]),)
@@ -99,35 +101,53 @@ class CudaPlan(Plan):
     """The plan of the kernels."""
 
     def __init__(self, spec: Spec) -> None:
-        saved = kernels.checkpoints(spec.steps, spec.dtype) if spec.saves else 0
-        # Counts are packed by a kernel of their own.
-        super().__init__(spec, spec.dtype, saved, not spec.dynamics.counts, pack)
+        states = spec.reading.states
+        saved = kernels.checkpoints(spec.steps, spec.dtype, states) if spec.saves else 0
+        super().__init__(spec, spec.dtype, saved * max(1, states), kernels.packs_bits(spec), pack)
+        self.no_state = () if states else (None,)  # arrays of C++ are not empty
+        self.no_operand = () if spec.reading.operands else (None,)
+        self.last_operand = self.first + spec.reading.operands
         self.prepare_forward = cache(partial(_prepare_forward, spec))
-        self.prepare_backward = cache(partial(_prepare_backward, spec))
 
-    def start_forward(self, v_init: float, operands: Any, outputs: Any) -> None:
-        launch = self.prepare_forward(kernels.is_aligned(*operands[:2]))  # what torch allocates is
-        launch(*operands, *outputs, v_init=v_init)
+    def pad(self, operands: Any) -> Any:
+        """Operands as the kernels' struct has them."""
+        first, last = self.first, self.last_operand
+        x, *states = operands[:first]
+        values = *operands[first:last], *self.no_operand
+        return x, *states, *self.no_state, *values, *operands[last:]
 
-    def start_backward(
-        self, needs: Needs, v_init: float, operands: Any, given: Any, grads: Any
-    ) -> None:
+    def start_forward(self, v_init: Any, operands: Any, outputs: Any) -> None:
+        # What torch allocates is aligned.
+        launch = self.prepare_forward(kernels.is_aligned(*operands[: self.first]))
+        first = self.first
+        padded = *self.pad(operands), *outputs[:first], *self.no_state, *outputs[first:]
+        launch(*padded, v_init=v_init or (0.0,))
+
+    def prepare(self, needs: Any, wanted: tuple[int, ...]) -> Callable[..., None]:
+        launches = cache(partial(_prepare_backward, self.spec, needs, wanted))
+        return partial(self.start_backward, launches)
+
+    def start_backward(self, launches: Any, v_init: Any, *tensors: Any) -> None:
+        first, last = self.first, self.last_operand + 4
+        operands, given = tensors[:last], tensors[last:][: first + 2]
         if given[0] is None:  # unused spikes are too rare for kernels of their own
             given = torch.zeros_like(operands[0]), *given[1:]
-        aligned = kernels.is_aligned(*operands[:2], *given)
-        run = self.prepare_backward(Needs._make(needs), given[2] is not None, aligned)
-        grad_x, grad_v0, grad_w, grad_v_threshold, *of_norm = grads
-        norm, ab = operands[4:], None
+        grad_x, *grads = tensors[last:][first + 2 :]
+        grad_v0, (weight, bias, *totals) = grads[: first - 1], grads[first - 1 :]
+        run = launches(given[first] is not None, kernels.is_aligned(*operands[:first], *given))
+        norm, ab, v_init = operands[-4:], None, v_init or (0.0,)
+        padded = *self.pad(operands), *given[:first], *self.no_state, *given[first:]
         if run.first:
             ab, sums = self.new((2, self.spec.channels)), self.new(run.first.sums)
-            run.first(*operands, *given, None, None, None, sums, v_init=v_init)
-            run.norm(sums, *norm, ab, *of_norm)
+            nothing = [None] * max(1, len(grad_v0))
+            run.first(*padded, None, *nothing, None, sums, v_init=v_init)
+            run.norm(sums, *norm, ab, weight, bias)
         sums = self.new(run.main.sums)
-        run.main(*operands, *given, grad_x, grad_v0, ab, sums, v_init=v_init)
+        run.main(*padded, grad_x, *grad_v0, *self.no_state, ab, sums, v_init=v_init)
         if run.norm and not run.first:
-            run.norm(sums, *norm, None, *of_norm)
-        if run.parameters:
-            run.parameters(sums, grad_w, grad_v_threshold)
+            run.norm(sums, *norm, None, weight, bias)
+        for launch, which in run.totals:
+            launch(sums, *[totals[k] for k in which], *[None] * (MOST_TOTALS - len(which)))
 
 
 class _Backward(NamedTuple):
@@ -136,34 +156,40 @@ class _Backward(NamedTuple):
     first: Any  #: makes the norm's sums alone, where x's gradient needs them
     norm: Any
     main: _Launch
-    parameters: Any
+    totals: tuple[tuple[_Launch, list[int]], ...]  #: with which totals each makes
 
 
 def _prepare_forward(spec: Spec, aligned: bool) -> _Launch:
     return _prepare_threads(spec, kernels.forward(spec), aligned)[0]
 
 
-def _prepare_backward(spec: Spec, needs: Needs, v_seq: bool, aligned: bool) -> _Backward:
-    def prepare(needs: int) -> tuple[_Launch, Grid]:
-        sums = 2 * bool(needs & NEED_NORM) + (needs & (NEED_W | NEED_V_THRESHOLD)).bit_count()
+def _prepare_backward(
+    spec: Spec, needs: Any, wanted: tuple[int, ...], v_seq: bool, aligned: bool
+) -> _Backward:
+    def prepare(needs: int, totals: int = 0) -> tuple[_Launch, Grid]:
         kernel = kernels.backward(spec, needs, v_seq)
-        return _prepare_threads(spec, kernel, aligned, sums)
+        return _prepare_threads(spec, kernel, aligned, 2 * bool(needs & NEED_NORM) + totals)
 
-    learns = NEED_W * needs.w | NEED_V_THRESHOLD * needs.v_threshold
-    both = spec.norm and needs.x and not spec.fixed_norm
+    needs_x, needs_norm = needs[0], needs[-1]
+    both = spec.norm and needs_x and not spec.fixed_norm
     # By running statistics x's gradient has no terms to subtract, which the kernel knows by this.
-    norm_sums = spec.norm and not both and (needs.norm or spec.fixed_norm)
+    norm_sums = spec.norm and not both and (needs_norm or spec.fixed_norm)
     first, norm_grid = prepare(NEED_NORM) if both else (None, None)
-    main, grid = prepare(NEED_X * needs.x | learns | NEED_NORM * norm_sums)
-    norm = parameters = None
-    if both or needs.norm:
+    learns = sum(NEED_TOTAL << k for k in wanted)
+    main, grid = prepare(NEED_X * needs_x | learns | NEED_NORM * norm_sums, len(wanted))
+    norm, totals = None, []
+    if both or needs_norm:
         count = _words("d", spec.steps * spec.neurons / max(1, spec.channels))
         norm = _prepare_adders(spec, "norm_gradients<float>", (norm_grid or grid).partials, count)
-    if learns:
-        partials = grid.partials if spec.per_channel else (grid.threads * grid.lanes, 1, 1)
-        before, turns = array("q", (2 * norm_sums,)), needs.w + needs.v_threshold
-        parameters = _prepare_adders(spec, "parameter_gradients<float>", partials, before, turns)
-    return _Backward(first, norm, main, parameters)
+    for per_channel in (True, False):
+        which = [k for k in wanted if spec.reading.total_channels[k] is per_channel]
+        if which:
+            partials = grid.partials if per_channel else (grid.threads * grid.lanes, 1, 1)
+            places = [2 * norm_sums + wanted.index(k) for k in which]
+            more = array("q", [*places, *[0] * (MOST_TOTALS - len(which))])
+            name = "parameter_gradients<float>"
+            totals.append((_prepare_adders(spec, name, partials, more, len(which)), which))
+    return _Backward(first, norm, main, tuple(totals))
 
 
 def pack(values: Tensor, most: int = 1) -> Tensor:
@@ -201,35 +227,36 @@ def _prepare_packing(
 
 ENGINES["cuda"] = ENGINE = Engine(CudaPlan, pack, unpack_into)
 #: :func:`sj_taid.ops.alif.reference.multi_step`, fused
-multi_step = partial(autograd.multi_step, ENGINE)
+multi_step = partial(fused.multi_step, ENGINE)
 
 
 def _words(kind: str, *values: float) -> array[int]:
     """Floats in 8 bytes each ("d"), or two by two ("f")."""
+    if kind == "f" and len(values) % 2:
+        values = *values, 0.0
     return array("q", array(kind, values).tobytes())
 
 
 def _constants(spec: Spec) -> array[int]:
-    d = spec.dynamics
-    floats = (d.v_reset or 0.0, d.w or 0.0, d.v_threshold or 0.0, d.a, d.b, d.levels)
-    return _words("f", *floats) + array("q", (spec.per_channel, spec.steps))
+    strides = spec.reading.operand_channels or (False,)
+    return array("q", (spec.steps, *strides)) + _words("f", *(spec.reading.constants or (0.0,)))
 
 
 def _prepare_threads(
     spec: Spec, kernel: tuple[str, int], aligned: bool, sums: int = 0
 ) -> tuple[_Launch, Grid]:
     """A launch of the threads that run at a time; each writes its ``sums``."""
-    name, vec = kernel
+    (name, vec), source = kernel, kernels.source_of(spec)
 
     def resident(vec: int, lanes: int) -> int:
-        return _resident(spec.device, name.format(vec, lanes))
+        return _resident(spec.device, name.format(vec, lanes), source)
 
     layout = (spec.neurons, spec.inner, spec.channels)
     grid = kernels.grid(*layout, vec, aligned, _capacity(spec.device), resident)
     constants, size = array("q", grid[:4]) + _constants(spec), (sums, grid.threads * grid.lanes)
     name = name.format(grid.vec, grid.lanes)
     blocks = -(-grid.threads // kernels.BLOCK)
-    return _prepare(spec.device, name, constants, blocks, sums=size), grid
+    return _prepare(spec.device, name, constants, blocks, sums=size, source=source), grid
 
 
 def _prepare_adders(
@@ -247,14 +274,15 @@ def _prepare(
     blocks: int,
     threads: int = kernels.BLOCK,
     sums: tuple[int, int] = (0, 0),
+    source: str | None = None,
 ) -> _Launch:
-    short, kernel = name.partition("<")[0], _function(device.index, name)
+    short, kernel = name.partition("<")[0], _function(device.index, name, source)
     # Without work too: then sums are of nothing.
     return _Launch(short, device.index, kernel, (max(1, blocks),), (threads,), constants, sums)
 
 
 @cache
-def _function(device: int | None, name: str) -> Any:
+def _function(device: int | None, name: str, source: str | None = None) -> Any:
     """The kernel ``name`` loaded on ``device``: compiled by NVRTC once, saved on disk by CuPy."""
     if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
@@ -262,7 +290,7 @@ def _function(device: int | None, name: str) -> Any:
             "run one training step before capturing"
         )
     module = cupy.RawModule(
-        code=kernels.source(), options=kernels.COMPILER_OPTIONS, name_expressions=(name,)
+        code=source or kernels.source(), options=kernels.COMPILER_OPTIONS, name_expressions=(name,)
     )
     try:
         with torch.cuda.device(device):
@@ -277,10 +305,10 @@ def _capacity(device: torch.device) -> int:
 
 
 @cache
-def _resident(device: torch.device, name: str) -> int:
+def _resident(device: torch.device, name: str, source: str) -> int:
     """How many threads of the kernel ``name`` the GPU runs at a time."""
     with torch.cuda.device(device):
-        registers = _function(device.index, name).num_regs
+        registers = _function(device.index, name, source).num_regs
     return kernels.resident_threads(registers, *_processors(device))
 
 

@@ -1,27 +1,28 @@
-// ALIF over a whole sequence, and the batch norm before it: a kernel for forward and one for backward,
-// sums over threads, spikes as bits. README.md derives the gradients; reference.py is the definition.
+// A neuron over a whole sequence, and the batch norm before it: a kernel for forward and one for
+// backward, sums over threads, spikes as bits. What one step of the neuron computes is not written here:
+// Python puts it in the place of "step.h", read of the neuron's own step (../step/README.md).
 //
 // A step of the sequence is `size` neurons in storage order, so any dense layout will do. A thread
-// owns VEC neighbouring neurons, carries them through time in registers, and continues with those
+// owns VEC neighbouring neurons, carries their states through time in registers, and continues with those
 // VEC * threads further. `threads` is a multiple of the distance, in packs of VEC, after which the
 // channels repeat, so that a thread stays in one channel (or in the same VEC channels, LANES = VEC):
-// it reads its parameters once and sums their gradients in registers. Each writes its sums; a block per
+// it reads its operands once and sums their gradients in registers. Each writes its sums; a block per
 // channel adds them up, in a fixed order.
 //
 // A kernel takes one struct by value. Its members are of 8 bytes, or pairs of floats, in the order in
 // which cuda.py packs them: first what is the same for all calls of a plan.
 //
 // Up to LONGEST_SWEEP steps fit in registers. For longer sequences T stands for every length with the
-// same remainder modulo SEGMENT: forward saves the voltage every SEGMENT steps (`checkpoint`), backward
+// same remainder modulo SEGMENT: forward saves the states every SEGMENT steps (`checkpoint`), backward
 // goes through the segments from the last to the first.
 //
-// Compiled without contraction (--fmad=false): the charge must round as in PyTorch, and in backward
-// as in forward, or a recomputed spike could differ from the one emitted. Fused multiply-adds are
-// written as fmaf.
+// Compiled without contraction (--fmad=false): a step must round as in PyTorch, and in backward as in
+// forward, or a recomputed spike could differ from the one emitted. Fused multiply-adds are written as
+// fmaf.
 //
 // No standard headers: NVRTC compiles this text for a GPU and, under a prelude that defines the CUDA
-// keywords, a C++ compiler for the tests. BLOCK, ADDERS, SEGMENT, LONGEST_SWEEP, the values of
-// RESET and CHARGE and the bits of NEEDS come from kernels.py.
+// keywords, a C++ compiler for the tests. BLOCK, ADDERS, SEGMENT, LONGEST_SWEEP, MOST_TOTALS and the
+// bits of NEEDS come from kernels.py; STATES, OPERANDS, TOTALS, CONSTANTS and LINES are those of the step.
 
 typedef long long index_t;
 
@@ -35,14 +36,16 @@ __device__ constexpr int steps_in_registers(int T) { return T <= LONGEST_SWEEP ?
 __device__ constexpr int steps_left(int T) { return T <= LONGEST_SWEEP ? 0 : T % SEGMENT; }
 
 // Blocks per multiprocessor promised to the compiler for backward, which bounds a thread's registers:
-// 80 for 6 blocks, 96 for 5, 128 for 4, 168 for 3. Fewer could not hide the latency of memory; with
-// v_seq's gradients a thread requests more bytes at a time, and needs more registers.
-__device__ constexpr int resident_blocks(bool soft, bool norm, int needs, bool grad_v_seq,
-                                         bool left) {
-  const bool writes_and_sums = needs & NEED_X && needs != NEED_X;
-  const bool all = soft && needs & NEED_X && needs & NEED_NORM;
-  return grad_v_seq ? 3 : 6 - norm - (soft || (norm && writes_and_sums)) - (left || all);
+// 96 for 5 blocks, 128 for 4, 168 for 3. Fewer could not hide the latency of memory; with v_seq's
+// gradients a thread requests more bytes at a time, and needs more registers.
+__device__ constexpr int resident_blocks(bool norm, int needs, bool grad_v_seq, bool left) {
+  const bool writes_and_sums = needs & NEED_X && needs != NEED_X, is_long = LINES > 40;
+  return grad_v_seq || STATES > 1 ? 3 : 5 - (norm && writes_and_sums) - (left || is_long);
 }
+
+// Arrays of C++ are not empty.
+__device__ constexpr int room(int n) { return n > 0 ? n : 1; }
+__device__ constexpr int even(int n) { return (n + 1) / 2 * 2; }
 
 // ---- PTX ------------------------------------------------------------------------------------------
 // The host build has these in C++.
@@ -65,12 +68,6 @@ __device__ __forceinline__ float reciprocal(float x) {
   float r;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
   return r;
-}
-
-__device__ __forceinline__ float power_of_2(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
 }
 
 // The compiler would split most plain assignments into 4 bytes each, and delay a plain load until the
@@ -142,8 +139,14 @@ __device__ __forceinline__ void from_float(float x, bfloat16& y) {
 
 __device__ __forceinline__ void from_float(float x, float16& y) { y.bits = float_to_half(x); }
 
-// e^x for x <= 0, to 1e-6 of the largest value, 1; expf takes six instructions more.
-__device__ __forceinline__ float exponential(float x) { return power_of_2(x * 1.44269504f); }
+// a / b as IEEE rounds it and PyTorch: by 1 / b, and two corrections by the remainder. The compiler's
+// division branches, and loads do not move across branches; that of 1 / b leaves loops over time.
+__device__ __forceinline__ float quotient(float a, float b) {
+  const float y = 1.0f / b, rough = a * y;
+  const float near = fmaf(fmaf(-rough, b, a), y, rough);
+  const float exact = fmaf(fmaf(-near, b, a), y, near);
+  return exact == exact ? exact : rough;  // of infinities
+}
 
 // ---- memory ------------------------------------------------------------------------------------
 
@@ -213,6 +216,8 @@ __device__ __forceinline__ void load_or_fill(const float* from, index_t at, floa
 
 // ---- the neuron --------------------------------------------------------------------------------
 
+#include "step.h"
+
 // A batch norm, of which weight and bias may be null.
 struct Norm {
   const float *mean, *rstd, *weight, *bias;
@@ -222,38 +227,34 @@ struct Norm {
   }
 };
 
-// What a neuron's kernel takes: first what does not change between the calls of a plan, a and b of the
-// surrogate's; then its operands.
+// What a neuron's kernel takes: first what does not change between the calls of a plan; then its
+// operands, each of which has a value for every channel (`stride` 1) or one for all (0).
 template <class scalar_t>
 struct Operands : Grid {
-  float v_reset, constant_w, constant_threshold, a, b, levels;
-  index_t stride, steps;
+  index_t steps, stride[room(OPERANDS)];
+  float constants[even(room(CONSTANTS))];
   const scalar_t* x;
-  const float *v0, *w, *v_threshold;
+  const float *v0[room(STATES)], *operands[room(OPERANDS)];
   Norm norm;
 };
 
-// The parameters of a thread's neurons: one set for all (LANES = 1) or one for each (LANES = VEC).
-template <int LANES, int RESET, int CHARGE, bool NORM>
+// The operands of a thread's neurons: one set for all (LANES = 1) or one for each (LANES = VEC).
+template <int LANES, bool NORM>
 struct Neuron {
-  float q[LANES], v_threshold[LANES], v_reset, levels;
+  float p[room(OPERANDS)][LANES];
   float mean[LANES], gain[LANES], bias[LANES];  // of the norm
   float a[LANES], b[LANES];                     // what x's gradient lacks: a + b (x - mean)
-  float inverse[LANES];                         // of the threshold, for counts
 
-  // `at` is the position of the thread's first neuron in a step. w and the threshold are numbers, or
-  // tensors of every channel (`stride` 1) or one for all (0). With LANES > 1 neighbours are of
+  // `at` is the position of the thread's first neuron in a step. With LANES > 1 neighbours are of
   // successive channels.
   template <class scalar_t>
-  __device__ __forceinline__ Neuron(const Operands<scalar_t>& c, const float* ab, index_t at)
-      : v_reset(RESET == HARD ? c.v_reset : 0.0f), levels(c.levels) {
+  __device__ __forceinline__ Neuron(const Operands<scalar_t>& c, const float* ab, index_t at) {
     const index_t first = at / c.inner % c.channels;
 #pragma unroll
     for (int i = 0; i < LANES; ++i) {
       const index_t channel = first + i;
-      q[i] = 1.0f / (1.0f + expf(-(c.w ? c.w[channel * c.stride] : c.constant_w)));
-      v_threshold[i] = c.v_threshold ? c.v_threshold[channel * c.stride] : c.constant_threshold;
-      inverse[i] = 1.0f / v_threshold[i];
+#pragma unroll
+      for (int k = 0; k < OPERANDS; ++k) p[k][i] = c.operands[k][channel * c.stride[k]];
       if (NORM) {
         mean[i] = c.norm.mean[channel];
         gain[i] = c.norm.gain(channel);
@@ -271,68 +272,55 @@ struct Neuron {
   __device__ __forceinline__ float input(float x, int i) const {
     return NORM ? fmaf(centred(x, i), gain[lane(i)], bias[lane(i)]) : x;
   }
-
-  // PyTorch's order of operations, unfused.
-  __device__ __forceinline__ float charge(float x, float v, int i) const {
-    float above_reset = RESET == HARD ? v - v_reset : v;
-    if (CHARGE == NO_STATE) return x;
-    if (CHARGE == NO_LEAK) return v + x;  // for an infinite v too
-    if (CHARGE == DECAY_INPUT) return v + (x - above_reset) * q[lane(i)];
-    if (RESET == COUNTS) return v * (1.0f - q[lane(i)]) + x;
-    return v - above_reset * q[lane(i)] + x;
-  }
-
-  __device__ __forceinline__ bool fires(float h, int i) const { return h >= v_threshold[lane(i)]; }
-
-  // H / V_th, by which a neuron counts, as IEEE rounds it and PyTorch: 1 / V_th, and two corrections
-  // by the remainder. The compiler's division branches, and loads do not move across branches.
-  __device__ __forceinline__ float over(float h, int i) const {
-    const float threshold = v_threshold[lane(i)], y = inverse[lane(i)], rough = h * y;
-    const float near = fmaf(fmaf(-rough, threshold, h), y, rough);
-    const float exact = fmaf(fmaf(-near, threshold, h), y, near);
-    return exact == exact ? exact : rough;  // of infinities
-  }
-
-  // Half to even; NaN stays NaN.
-  __device__ __forceinline__ float count(float over) const {
-    const float positive = over < 0.0f ? 0.0f : over;
-    return rintf(positive > levels ? levels : positive);
-  }
-
-  // A spike, or a count.
-  __device__ __forceinline__ float output(float h, int i) const {
-    return RESET == COUNTS ? count(over(h, i)) : fires(h, i) ? 1.0f : 0.0f;
-  }
-
-  // (1 - S) H + S V_reset: where S = 1 and H = inf that is NaN.
-  __device__ __forceinline__ float reset(float h, int i) const {
-    if (RESET == COUNTS) return h - output(h, i) * v_threshold[lane(i)];
-    float after_spike = RESET == SOFT ? h - v_threshold[lane(i)] : fmaf(0.0f, h, v_reset);
-    return fires(h, i) ? after_spike : h;
-  }
-
-  // The same number, written so that the compiler does not recognise it: it would hold the voltages
-  // of the whole sequence in registers, rather than subtract again.
-  __device__ __forceinline__ float reset_again(float h, int i) const {
-    return RESET == SOFT ? h - (fires(h, i) ? v_threshold[lane(i)] : 0.0f) : reset(h, i);
-  }
 };
+
+template <int VEC>
+__device__ __forceinline__ void load_states(const float* const* from, index_t at, const float* fill,
+                                            float (&to)[room(STATES)][VEC]) {
+#pragma unroll
+  for (int k = 0; k < STATES; ++k) load_or_fill(from[k], at, fill ? fill[k] : 0.0f, to[k]);
+}
+
+template <int VEC>
+__device__ __forceinline__ void store_states(const float (&from)[room(STATES)][VEC],
+                                             float* const* to, index_t at) {
+#pragma unroll
+  for (int k = 0; k < STATES; ++k)
+    if (to[k]) store(from[k], to[k] + at);
+}
+
+// The states at the beginning of a segment but the first.
+template <int VEC>
+__device__ __forceinline__ void save_states(const float (&from)[room(STATES)][VEC], float* to,
+                                            index_t segment, index_t size, index_t at) {
+#pragma unroll
+  for (int k = 0; k < STATES; ++k)
+    if (to) store(from[k], to + ((segment - 1) * STATES + k) * size + at);
+}
+
+template <int VEC>
+__device__ __forceinline__ void reload_states(const float* from, index_t segment, index_t size,
+                                              index_t at, float (&to)[room(STATES)][VEC]) {
+#pragma unroll
+  for (int k = 0; k < STATES; ++k) load(from + ((segment - 1) * STATES + k) * size + at, to[k]);
+}
 
 // ---- forward -----------------------------------------------------------------------------------
 
 template <class scalar_t>
 struct Forward : Operands<scalar_t> {
   scalar_t* spike;
-  float *v_last, *v_seq, *checkpoint;
+  float *v_last[room(STATES)], *v_seq, *checkpoint;
   unsigned char* bits;
-  float v_init, unused;
+  float v_init[even(room(STATES))];
 };
 
-// STEPS steps that begin at `here`, from the voltage `v` to the one after them. A neuron's spikes of
+// STEPS steps that begin at `here`, from the states `v` to those after them. A neuron's spikes of
 // 8 steps make a byte of bits, the first step its lowest bit.
 template <int STEPS, bool STORE_V_SEQ, bool PACK, class N, class scalar_t, int VEC>
 __device__ __forceinline__ void forward_segment(const N& neuron, const Forward<scalar_t>& c,
-                                                index_t here, index_t byte_here, float (&v)[VEC]) {
+                                                index_t here, index_t byte_here,
+                                                float (&v)[room(STATES)][VEC]) {
   float x_t[STEPS][VEC];
   unsigned int byte[VEC] = {};
 #pragma unroll
@@ -342,13 +330,11 @@ __device__ __forceinline__ void forward_segment(const N& neuron, const Forward<s
     float s[VEC];
 #pragma unroll
     for (int i = 0; i < VEC; ++i) {
-      const float h = neuron.charge(neuron.input(x_t[t][i], i), v[i], i);
-      s[i] = neuron.output(h, i);
+      s[i] = step_forward(neuron.input(x_t[t][i], i), v, neuron.p, c.constants, i, neuron.lane(i));
       if (PACK && s[i] != 0.0f) byte[i] |= 1u << t % 8;
-      v[i] = neuron.reset(h, i);
     }
     store(s, c.spike + here + t * c.size);
-    if (STORE_V_SEQ) store(v, c.v_seq + here + t * c.size);
+    if (STORE_V_SEQ) store(v[0], c.v_seq + here + t * c.size);
     if (PACK && (t % 8 == 7 || t == STEPS - 1)) {
       Pack<unsigned char, VEC> bytes;
 #pragma unroll
@@ -361,32 +347,31 @@ __device__ __forceinline__ void forward_segment(const N& neuron, const Forward<s
   }
 }
 
-template <class scalar_t, int T, int VEC, int LANES, int RESET, int CHARGE, bool STORE_V_SEQ,
-          bool NORM, bool PACK>
-__global__ void __launch_bounds__(BLOCK, NORM && LANES == 8 ? 6 : 8)  // 80 registers, or 64
-alif_forward(const Forward<scalar_t> c) {
+template <class scalar_t, int T, int VEC, int LANES, bool STORE_V_SEQ, bool NORM, bool PACK>
+__global__ void __launch_bounds__(BLOCK, STATES > 1 || (NORM && LANES == 8) ? 6 : 8)  // 80 registers, or 64
+neuron_forward(const Forward<scalar_t> c) {
   constexpr int STEPS = steps_in_registers(T), LEFT = steps_left(T), BYTES = SEGMENT / 8;
   static_assert(!PACK || T <= LONGEST_SWEEP || SEGMENT % 8 == 0, "a segment fills its bytes");
   const int segments = T <= LONGEST_SWEEP ? 1 : (int)(c.steps / SEGMENT);
   const index_t thread = (index_t)blockIdx.x * BLOCK + threadIdx.x, size = c.size;
   if (thread >= c.threads) return;
-  const Neuron<LANES, RESET, CHARGE, NORM> neuron(c, nullptr, thread * VEC);
+  const Neuron<LANES, NORM> neuron(c, nullptr, thread * VEC);
 #pragma unroll 1
   for (index_t at = thread * VEC; at < size; at += c.threads * VEC) {
-    float v[VEC];
-    load_or_fill(c.v0, at, c.v_init, v);
+    float v[room(STATES)][VEC];
+    load_states(c.v0, at, c.v_init, v);
 #pragma unroll 1
     for (int segment = 0; segment < segments; ++segment) {
-      if (segment > 0 && c.checkpoint) store(v, c.checkpoint + (segment - 1) * size + at);
+      if (segment > 0) save_states(v, c.checkpoint, segment, size, at);
       forward_segment<STEPS, STORE_V_SEQ, PACK>(neuron, c, segment * STEPS * size + at,
                                                 segment * BYTES * size + at, v);
     }
     if constexpr (LEFT > 0) {
-      if (c.checkpoint) store(v, c.checkpoint + (segments - 1) * size + at);
+      save_states(v, c.checkpoint, segments, size, at);
       forward_segment<LEFT, STORE_V_SEQ, PACK>(neuron, c, segments * STEPS * size + at,
                                                segments * BYTES * size + at, v);
     }
-    store(v, c.v_last + at);
+    store_states(v, c.v_last, at);
   }
 }
 
@@ -395,30 +380,30 @@ alif_forward(const Forward<scalar_t> c) {
 // A thread's sums per channel.
 template <int LANES>
 struct Sums {
-  float w[LANES], v_threshold[LANES];
-  float h[LANES], h_x[LANES];  // H's gradient, and H's gradient times x - mean
+  float total[room(TOTALS)][LANES];
+  float y[LANES], y_x[LANES];  // Y's gradient, and Y's gradient times x - mean
 };
 
 template <class scalar_t>
 struct Backward : Operands<scalar_t> {
   const scalar_t* grad_spike;
-  const float *grad_v_last, *grad_v_seq, *checkpoint;
+  const float *grad_v_last[room(STATES)], *grad_v_seq, *checkpoint;
   scalar_t* grad_x;
-  float* grad_v0;
+  float* grad_v0[room(STATES)];
   const float* ab;
   float* partial;
-  float v_init, unused;
+  float v_init[even(room(STATES))];
 };
 
-// STEPS steps that begin at `here`: from dL/dV after them to dL/dV before them, in `grad_v`.
-template <int STEPS, bool GRAD_V_SEQ, bool DETACH_RESET, int NEEDS, class Surrogate, int LANES,
-          int RESET, int CHARGE, bool NORM, class scalar_t, int VEC>
-__device__ __forceinline__ void backward_segment(
-    const Neuron<LANES, RESET, CHARGE, NORM>& neuron, const Backward<scalar_t>& c, index_t here,
-    const float (&v_start)[VEC], float (&grad_v)[VEC], Sums<LANES>& sums) {
-  constexpr bool soft = RESET == SOFT || RESET == COUNTS;
+// STEPS steps that begin at `here`: from the gradients of the states after them to those before them.
+template <int STEPS, bool GRAD_V_SEQ, int NEEDS, int LANES, bool NORM, class scalar_t, int VEC>
+__device__ __forceinline__ void backward_segment(const Neuron<LANES, NORM>& neuron,
+                                                 const Backward<scalar_t>& c, index_t here,
+                                                 const float (&v_start)[room(STATES)][VEC],
+                                                 float (&grad_v)[room(STATES)][VEC],
+                                                 Sums<LANES>& sums) {
   Pack<scalar_t, VEC> x_t[STEPS], grad_spike_t[STEPS];
-  float h[STEPS][VEC];
+  float v[STEPS][room(STATES)][VEC];  // before each step
 #pragma unroll
   for (int t = 0; t < STEPS; ++t) fetch(c.x + here + t * c.size, x_t[t]);
 #pragma unroll
@@ -427,8 +412,12 @@ __device__ __forceinline__ void backward_segment(
   for (int t = 0; t < STEPS; ++t) {
 #pragma unroll
     for (int i = 0; i < VEC; ++i) {
-      const float v = t == 0 ? v_start[i] : neuron.reset(h[t == 0 ? 0 : t - 1][i], i);
-      h[t][i] = neuron.charge(neuron.input(to_float(x_t[t].lane[i]), i), v, i);
+#pragma unroll
+      for (int k = 0; k < STATES; ++k) v[t][k][i] = t == 0 ? v_start[k][i] : v[t - (t > 0)][k][i];
+      if (t > 0) {
+        const float y = neuron.input(to_float(x_t[t - (t > 0)].lane[i]), i);
+        step_forward(y, v[t], neuron.p, c.constants, i, neuron.lane(i));
+      }
     }
   }
 #pragma unroll
@@ -438,99 +427,72 @@ __device__ __forceinline__ void backward_segment(
 #pragma unroll
     for (int i = 0; i < VEC; ++i) {
       const int lane = neuron.lane(i);
-      const float threshold = neuron.v_threshold[lane], q = neuron.q[lane], h_t = h[t][i];
-      const float v = t == 0 ? v_start[i] : neuron.reset_again(h[t == 0 ? 0 : t - 1][i], i);
-      const float grad_s = to_float(grad_spike_t[t].lane[i]);
-      const float over = RESET == COUNTS ? neuron.over(h_t, i) : h_t - threshold;
-      const bool fired = neuron.fires(h_t, i);
-      if (GRAD_V_SEQ) grad_v[i] += grad_v_t[i];
-      // dL/dS is that from upstream, and that through the reset unless detached.
-      const float gained = RESET == HARD ? fmaf(grad_v[i], neuron.v_reset, grad_s) : grad_s;
-      const float lost = soft ? threshold : h_t;
-      const float grad = DETACH_RESET ? grad_s : fmaf(-grad_v[i], lost, gained);
-      float through_spike = grad * Surrogate::derivative(over, c.a, c.b);
-      if (RESET == COUNTS) through_spike *= neuron.inverse[lane];
-      // Products, not selections, as in PyTorch: what is not finite stays so.
-      const float past_reset = soft || !fired ? 1.0f : 0.0f;
-      const float grad_h = fmaf(past_reset, grad_v[i], through_spike);
-      if (NEEDS & NEED_V_THRESHOLD) {
-        sums.v_threshold[lane] -= RESET == COUNTS ? through_spike * over : through_spike;
-        const float taken = RESET == COUNTS ? -neuron.count(over) : fired ? -1.0f : 0.0f;
-        if (soft) sums.v_threshold[lane] = fmaf(taken, grad_v[i], sums.v_threshold[lane]);
-      }
-      if (NEEDS & NEED_W) {
-        const float leaked = CHARGE == DECAY_INPUT ? h_t - v : v - neuron.v_reset;
-        sums.w[lane] = fmaf(grad_h, leaked, sums.w[lane]);
-      }
-      const float grad_y = CHARGE == DECAY_INPUT ? grad_h * q : grad_h;
+      const float x = to_float(x_t[t].lane[i]);
+      if (GRAD_V_SEQ) grad_v[0][i] += grad_v_t[i];
+      const float grad_y =
+          step_backward<NEEDS>(neuron.input(x, i), v[t], neuron.p, c.constants,
+                               to_float(grad_spike_t[t].lane[i]), grad_v, sums.total, i, lane);
       grad_x_t[i] = grad_y;
       if (NORM) {
-        const float centred = neuron.centred(to_float(x_t[t].lane[i]), i);
+        const float centred = neuron.centred(x, i);
         if (NEEDS & NEED_NORM) {
-          sums.h[lane] += grad_h;
-          sums.h_x[lane] = fmaf(grad_h, centred, sums.h_x[lane]);
+          sums.y[lane] += grad_y;
+          sums.y_x[lane] = fmaf(grad_y, centred, sums.y_x[lane]);
         }
         // Both in one launch: running statistics, with nothing to subtract. (0 * inf would be NaN.)
         const float coupled = fmaf(neuron.b[lane], centred, neuron.a[lane]);
         grad_x_t[i] = NEEDS & NEED_NORM ? neuron.gain[lane] * grad_y
                                         : fmaf(neuron.gain[lane], grad_y, -coupled);
       }
-      const float kept = CHARGE == NO_LEAK ? grad_h : fmaf(-q, grad_h, grad_h);
-      grad_v[i] = CHARGE == NO_STATE ? 0.0f : kept;
     }
     if (NEEDS & NEED_X) store(grad_x_t, c.grad_x + here + t * c.size);
   }
 }
 
-template <class scalar_t, int T, int VEC, int LANES, int RESET, int CHARGE, bool GRAD_V_SEQ,
-          bool NORM, bool DETACH_RESET, int NEEDS, class Surrogate>
+template <class scalar_t, int T, int VEC, int LANES, bool GRAD_V_SEQ, bool NORM, int NEEDS>
 __global__ void
-__launch_bounds__(BLOCK, resident_blocks(RESET == SOFT || RESET == COUNTS, NORM, NEEDS,
-                                         GRAD_V_SEQ, steps_left(T) > 0))
-alif_backward(const Backward<scalar_t> c) {
+__launch_bounds__(BLOCK, resident_blocks(NORM, NEEDS, GRAD_V_SEQ, steps_left(T) > 0))
+neuron_backward(const Backward<scalar_t> c) {
   constexpr int STEPS = steps_in_registers(T), LEFT = steps_left(T);
   const int segments = T <= LONGEST_SWEEP ? 1 : (int)(c.steps / SEGMENT);
   const index_t thread = (index_t)blockIdx.x * BLOCK + threadIdx.x, size = c.size;
   if (thread >= c.threads) return;
-  const Neuron<LANES, RESET, CHARGE, NORM> neuron(c, c.ab, thread * VEC);
+  const Neuron<LANES, NORM> neuron(c, c.ab, thread * VEC);
   Sums<LANES> sums = {};
 #pragma unroll 1
   for (index_t at = thread * VEC; at < size; at += c.threads * VEC) {
-    float v[VEC], grad_v[VEC];
-    load_or_fill(c.grad_v_last, at, 0.0f, grad_v);
+    float v[room(STATES)][VEC], grad_v[room(STATES)][VEC];
+    load_states(c.grad_v_last, at, nullptr, grad_v);
     if constexpr (LEFT > 0) {
-      load(c.checkpoint + (segments - 1) * size + at, v);
-      backward_segment<LEFT, GRAD_V_SEQ, DETACH_RESET, NEEDS, Surrogate>(
-          neuron, c, segments * STEPS * size + at, v, grad_v, sums);
+      reload_states(c.checkpoint, segments, size, at, v);
+      backward_segment<LEFT, GRAD_V_SEQ, NEEDS>(neuron, c, segments * STEPS * size + at, v, grad_v,
+                                                sums);
     }
 #pragma unroll 1
     for (int segment = segments - 1; segment >= 0; --segment) {
       if (segment > 0)
-        load(c.checkpoint + (segment - 1) * size + at, v);
+        reload_states(c.checkpoint, segment, size, at, v);
       else
-        load_or_fill(c.v0, at, c.v_init, v);
-      backward_segment<STEPS, GRAD_V_SEQ, DETACH_RESET, NEEDS, Surrogate>(
-          neuron, c, segment * STEPS * size + at, v, grad_v, sums);
+        load_states(c.v0, at, c.v_init, v);
+      backward_segment<STEPS, GRAD_V_SEQ, NEEDS>(neuron, c, segment * STEPS * size + at, v, grad_v,
+                                                 sums);
     }
-    if (c.grad_v0) store(grad_v, c.grad_v0 + at);
+    store_states(grad_v, c.grad_v0, at);
   }
 #pragma unroll
   for (int i = 0; i < LANES; ++i) {
-    const float q = neuron.q[i];
-    // dH/dw = q (1-q) (X - (V - V_reset)), which is (1-q) (H - V); or -q (1-q) (V - V_reset).
-    const float dw = CHARGE == DECAY_INPUT ? 1.0f - q : -q * (1.0f - q);
-    const float dy = CHARGE == DECAY_INPUT ? q : 1.0f;
     index_t slot = thread * LANES + i;
     auto put = [&](float sum) {
       c.partial[slot] = sum;
       slot += c.threads * LANES;
     };
     if (NEEDS & NEED_NORM) {
-      put(sums.h[i] * dy);
-      put(sums.h_x[i] * dy);
+      put(sums.y[i]);
+      put(sums.y_x[i]);
     }
-    if (NEEDS & NEED_W) put(sums.w[i] * dw);
-    if (NEEDS & NEED_V_THRESHOLD) put(sums.v_threshold[i]);
+#pragma unroll
+    for (int k = 0; k < TOTALS; ++k)
+      if (NEEDS & NEED_TOTAL << k) put(sums.total[k][i]);
   }
 }
 
@@ -629,19 +591,18 @@ __global__ void __launch_bounds__(ADDERS) norm_gradients(const NormGradients<sum
 
 template <class sum_t>
 struct ParameterGradients : Partials {
-  index_t before;  // sums in front of theirs, which are the norm's
+  index_t first[MOST_TOTALS];  // which of the threads' sums make each total
   const sum_t* partial;
-  float *grad_w, *grad_v_threshold;  // null if not needed
+  float* total[MOST_TOTALS];
 };
 
-// The gradients of w and the threshold, each in blocks of its own. All sums are of one channel where
-// these are scalars.
+// Totals, each in blocks of its own. All sums are of one channel where these are scalars.
 template <class sum_t>
 __global__ void __launch_bounds__(ADDERS) parameter_gradients(const ParameterGradients<sum_t> c) {
   if (c.channels == 0) return;
   const index_t channel = blockIdx.x % c.channels, turn = blockIdx.x / c.channels;
-  float* to = turn == 0 && c.grad_w ? c.grad_w : c.grad_v_threshold;
-  add_up<1>(c.partial + (c.before + turn) * c.rows * c.channels * c.run, c, channel,
+  float* to = c.total[turn];
+  add_up<1>(c.partial + c.first[turn] * c.rows * c.channels * c.run, c, channel,
             [&](const double (&sums)[1][ADDERS]) { to[channel] = (float)sums[0][0]; });
 }
 

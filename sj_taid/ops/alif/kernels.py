@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..surrogate import DERIVATIVES
-from .plan import Charge, Spec
+from ..step.cuda_text import step_text
+from ..step.read import MOST_TOTALS, Program
+from .plan import Spec
 
 #: The C++ types of the kernels, by the input's dtype.
 SCALARS = {torch.float32: "float", torch.float16: "float16", torch.bfloat16: "bfloat16"}
@@ -22,9 +24,8 @@ SCALARS = {torch.float32: "float", torch.float16: "float16", torch.bfloat16: "bf
 BLOCK = 128  # threads per block
 ADDERS = 512  # the same where a block adds up a channel's sums
 SEGMENT = 8  # steps per segment
-LONGEST_SWEEP = 16  # steps without segments, in float32; half precision takes SEGMENT
-SOFT, HARD, HARD_TO_ZERO, COUNTS = range(4)  # counts reset softly
-NEED_X, NEED_W, NEED_V_THRESHOLD, NEED_NORM = 1, 2, 4, 8
+LONGEST_SWEEP = 16  # steps without segments, of one state in float32; all else takes SEGMENT
+NEED_X, NEED_NORM, NEED_TOTAL = 1, 2, 4  # and so on, a bit for each total
 
 #: CuPy adds ``--ftz=true`` by itself: a voltage below 1.2e-38 is flushed to zero.
 COMPILER_OPTIONS = ("--std=c++17", "--fmad=false", "--ftz=true")
@@ -46,71 +47,82 @@ _BACKWARD_VEC: _Vecs = (
 _NORM_BACKWARD_VEC: _Vecs = ((2, (4, 4)), (4, (2, 2)), (math.inf, (1, 2)))
 
 
-def source() -> str:
-    """``kernels.cu`` after the constants above and the charges, and each surrogate's derivative."""
-    values = {**globals(), **Charge.__members__}
-    constants = (
-        f"constexpr int {name} = {int(value)};\n"
-        for name, value in values.items()
-        if name.isupper() and isinstance(value, int)
-    )
-    structs = (
-        f"struct {kind.__name__} {{ static __device__ __forceinline__ float derivative("
-        f"float x, float a, float b) {{ {derivative.cuda} }} }};\n"
-        for kind, derivative in DERIVATIVES.items()
-    )
+#: a step that gives its input, for kernels that know of none
+NO_STEP = Program((), ("x",), ("g",), ())
+
+
+@cache
+def source(program: Program = NO_STEP, operands: int = 0, constants: int = 0) -> str:
+    """``kernels.cu`` with a step's text, after the constants above and the step's sizes."""
+    numbers = {"STATES": program.states, "OPERANDS": operands, "CONSTANTS": constants}
+    numbers |= {"TOTALS": len(program.totals), "MOST_TOTALS": MOST_TOTALS}
+    numbers |= {"LINES": len(program.lines)}
+    numbers |= {
+        name: value for name, value in globals().items() if name.isupper() and type(value) is int
+    }
+    lines = "".join(f"constexpr int {name} = {value};\n" for name, value in numbers.items())
     kernels = Path(__file__).with_name("kernels.cu").read_text()
-    return "".join((*constants, '#line 1 "kernels.cu"\n', kernels, "\n", *structs))
+    kernels = kernels.replace('#include "step.h"\n', step_text(program))
+    return f'{lines}#line 1 "kernels.cu"\n{kernels}'
 
 
-def longest_sweep(dtype: torch.dtype) -> int:
+def source_of(spec: Spec) -> str:
+    """The text for a spec's neuron."""
+    reading = spec.reading
+    return source(reading.program, reading.operands, len(reading.constants))
+
+
+def longest_sweep(dtype: torch.dtype, states: int) -> int:
     """The most steps that a thread holds in registers."""
-    return LONGEST_SWEEP if dtype == torch.float32 else SEGMENT
+    return LONGEST_SWEEP if dtype == torch.float32 and states < 2 else SEGMENT
 
 
-def checkpoints(steps: int, dtype: torch.dtype) -> int:
-    """How many voltages per neuron forward saves: at the start of each segment but the first.
+def checkpoints(steps: int, dtype: torch.dtype, states: int = 1) -> int:
+    """How often forward saves the states: at the start of each segment but the first.
 
     >>> [checkpoints(steps, torch.float32) for steps in (16, 17, 24, 25)]
     [0, 2, 2, 3]
     >>> [checkpoints(steps, torch.half) for steps in (8, 9, 16, 17)]
     [0, 1, 1, 2]
     """
-    return 0 if steps <= longest_sweep(dtype) else (steps - 1) // SEGMENT
+    return 0 if steps <= longest_sweep(dtype, states) else (steps - 1) // SEGMENT
 
 
 def forward(spec: Spec) -> tuple[str, int]:
     """The forward kernel's C++ name, with places for ``VEC`` and ``LANES``, and the largest VEC."""
     vecs = _NORM_FORWARD_VEC if spec.norm else _FORWARD_VEC
-    packs = spec.pack and not spec.dynamics.counts  # counts by a kernel of their own
-    return _specialise("alif_forward", spec, spec.store_v_seq, vecs, f"{packs:d}")
+    packs = spec.pack and packs_bits(spec)
+    return _specialise("neuron_forward", spec, spec.store_v_seq, vecs, f"{packs:d}")
+
+
+def packs_bits(spec: Spec) -> bool:
+    """Whether outputs are 0 and 1, which forward packs itself."""
+    return spec.reading.levels == 1 and spec.reading.least == 0
 
 
 def backward(spec: Spec, needs: int, v_seq: bool) -> tuple[str, int]:
     """The same of backward; ``v_seq``: whether every voltage has a gradient."""
     vecs = _NORM_BACKWARD_VEC if spec.norm else _BACKWARD_VEC
-    more = f"{spec.dynamics.detach_reset:d},{needs},{spec.dynamics.surrogate}"
-    return _specialise("alif_backward", spec, v_seq, vecs, more)
+    return _specialise("neuron_backward", spec, v_seq, vecs, str(needs))
 
 
 def _specialise(name: str, spec: Spec, v_seq: bool, vecs: _Vecs, more: str) -> tuple[str, int]:
-    # Voltages are float32 whatever the input is, and so are their gradients.
+    # States are float32 whatever the input is, and so are their gradients.
     column = 0 if spec.dtype == torch.float32 or v_seq else 1
-    vec = next(vec for steps, vec in vecs if spec.steps <= steps)[column]
-    charge, v_reset = int(spec.dynamics.charge), spec.dynamics.v_reset
-    reset = SOFT if v_reset is None else HARD if v_reset else HARD_TO_ZERO
-    reset = COUNTS if spec.dynamics.counts else reset
-    before = f"{name}<{SCALARS[spec.dtype]},{template_steps(spec.steps, spec.dtype)}"
-    return f"{before},{{}},{{}},{reset},{charge},{v_seq:d},{spec.norm:d},{more}>", vec
+    states = spec.reading.states
+    vec = next(vec for steps, vec in vecs if spec.steps * max(1, states) <= steps)[column]
+    T = template_steps(spec.steps, spec.dtype, states)
+    return f"{name}<{SCALARS[spec.dtype]},{T},{{}},{{}},{v_seq:d},{spec.norm:d},{more}>", vec
 
 
-def template_steps(steps: int, dtype: torch.dtype) -> int:
+def template_steps(steps: int, dtype: torch.dtype, states: int = 1) -> int:
     """``T`` of the templates; beyond a single sweep only the rest after the segments counts.
 
     >>> [template_steps(steps, torch.half) for steps in (8, 9, 16, 17)]
     [8, 17, 24, 17]
     """
-    return steps if steps <= longest_sweep(dtype) else LONGEST_SWEEP + 1 + (steps - 1) % SEGMENT
+    is_sweep = steps <= longest_sweep(dtype, states)
+    return steps if is_sweep else LONGEST_SWEEP + 1 + (steps - 1) % SEGMENT
 
 
 class Grid(NamedTuple):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from enum import IntEnum
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -18,46 +17,7 @@ import torch
 from torch import Tensor
 
 from ..bits import packed_shape
-
-#: the surrogate of counts, :class:`sj_taid.ops.surrogate.MultiLevelSpikeCount`
-COUNT = "MultiLevelSpikeCount"
-
-
-class Charge(IntEnum):
-    """How the input X and the voltage V make H, by ``q = sigmoid(w)``."""
-
-    LEAK = 0  #: H = V - q (V - V_reset) + X
-    DECAY_INPUT = 1  #: H = V + q (X - (V - V_reset))
-    NO_LEAK = 2  #: H = V + X
-    NO_STATE = 3  #: H = X, for counts alone
-
-
-class Dynamics(NamedTuple):
-    """What a neuron computes: how it charges, fires and resets.
-
-    ``w`` and ``v_threshold`` are numbers where they do not learn; ``None`` where they are tensors,
-    which a call is given, or where the charge has no ``w``.
-    """
-
-    charge: Charge
-    w: float | None
-    v_threshold: float | None
-    v_reset: float | None  #: ``None``: soft reset
-    detach_reset: bool
-    surrogate: str  #: the name of a class in :data:`sj_taid.ops.surrogate.DERIVATIVES`
-    a: float  #: constants of its derivative
-    b: float
-    levels: int = 1  #: the most that a step gives
-    parameters: tuple[float, ...] = ()  #: of the surrogate
-
-    @property
-    def states(self) -> int:
-        return 1
-
-    @property
-    def counts(self) -> bool:
-        """Whether a step gives a count, after which the reset is soft, not a spike."""
-        return self.surrogate == COUNT
+from ..step.read import Reading
 
 
 class Spec(NamedTuple):
@@ -68,16 +28,15 @@ class Spec(NamedTuple):
     gradients have the same memory order; ``shape`` ``[T, *]`` and ``strides`` are how they show it.
     """
 
-    dynamics: Any  #: on a CPU a Reading, or Dynamics; on a GPU Dynamics
+    reading: Reading  #: of the neuron's step
     dtype: torch.dtype
     device: torch.device
     steps: int
     neurons: int
-    channels: int  #: 1 without a norm and parameters per channel
+    channels: int  #: 1 without a norm and values of parameters per channel
     inner: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
-    per_channel: bool  #: whether w and the threshold are ``[C]``, not scalars
     norm: bool
     fixed_norm: bool  #: whether its statistics are the running ones
     store_v_seq: bool
@@ -87,8 +46,7 @@ class Spec(NamedTuple):
 
 def spec_of(
     x_seq: Tensor,
-    dynamics: Any,
-    per_channel: bool,
+    reading: Reading,
     norm: bool = False,
     fixed_norm: bool = False,
     store_v_seq: bool = False,
@@ -98,36 +56,29 @@ def spec_of(
     """The spec of a dense ``x_seq`` ``[T, N, *]``."""
     steps = len(x_seq)
     neurons = x_seq.numel() // steps
-    channels = x_seq.shape[2] if per_channel or norm else 1
+    channels = x_seq.shape[2] if reading.per_channel or norm else 1
     return Spec(
-        *(dynamics, x_seq.dtype, x_seq.device, steps, neurons, channels),
+        *(reading, x_seq.dtype, x_seq.device, steps, neurons, channels),
         x_seq.stride(2) if channels > 1 else max(neurons, 1),
-        *(tuple(x_seq.shape), x_seq.stride(), per_channel, norm, fixed_norm),
+        *(tuple(x_seq.shape), x_seq.stride(), norm, fixed_norm),
         *(store_v_seq, pack, saves),
     )
-
-
-class Needs(NamedTuple):
-    """The gradients that a backward is asked for."""
-
-    x: bool
-    v0: bool
-    w: bool
-    v_threshold: bool
-    norm: bool  #: weight or bias
 
 
 class Plan:
     """A :class:`Spec` on a backend, which starts its kernels on what is allocated here.
 
-    ``operands`` are x, v0, w, v_threshold and a norm's mean, rstd, weight and bias. ``x`` has the
-    memory order of the spec in any shape; ``v0`` that of a step, and the neurons start at
-    ``v_init`` without it. ``w`` and ``v_threshold``, where the dynamics have no number, and those
-    of a norm, ``[C]``, are contiguous. All but ``x`` are float32, or ``None``.
+    ``operands`` are x, the states before the first step, the parameters, and a norm's mean, rstd,
+    weight and bias. ``x`` has the memory order of the spec in any shape, states that of a step. A
+    state that is ``None`` starts at its number in ``v_init``. All but ``x`` are float32.
     """
 
+    #: starts forward's kernels on ``v_init``, operands (with values of parameters for parameters)
+    #: and outputs
     start_forward: Callable[..., None]
-    start_backward: Callable[..., None]
+    #: ``prepare(needs, wanted)`` gives what starts backward's: on ``v_init``, the same operands,
+    #: ``given`` and the gradients of x, states, weight and bias, and the totals that are ``wanted``
+    prepare: Callable[[Any, tuple[int, ...]], Callable[..., None]]
 
     def __init__(
         self,
@@ -138,26 +89,32 @@ class Plan:
         pack: Callable[..., Tensor],
     ) -> None:
         """``packs``: whether forward's kernel does, where asked for, and not ``pack`` after it."""
-        self.spec, self.states = spec, range(spec.dynamics.states)
+        self.spec, self.states = spec, range(spec.reading.states)
+        self.first = 1 + spec.reading.states  #: where parameters are among the operands
+        self.last = self.first + spec.reading.parameters
+        self.before = spec.reading.formulas.before(spec.device)
+        self.backwards: dict[Any, Any] = {}
         on: Any = {"device": spec.device}
         step, order = (spec.shape[1:], spec.strides[1:]), (spec.shape, spec.strides)
         self.new = partial(torch.empty, dtype=torch.float32, **on)
         self.new_v = partial(torch.empty_strided, *step, dtype=torch.float32, **on)
         self.new_v_seq = partial(torch.empty_strided, *order, dtype=torch.float32, **on)
         self.new_spikes = partial(torch.empty_strided, *order, dtype=dtype, **on)
-        size = packed_shape(spec.dynamics.levels, spec.steps, spec.neurons)
+        self.new_like: Callable[..., Tensor] = torch.empty_like
+        size = packed_shape(spec.reading.levels, spec.steps, spec.neurons)
         self.new_bits = partial(torch.empty, size, dtype=torch.uint8, **on)
         self.checkpoint, self.has_checkpoint = (checkpoints, spec.neurons), checkpoints > 0
         self.packs, self.pack_after = spec.pack and packs, None
         if spec.pack and not packs:
-            self.pack_after = partial(pack, most=spec.dynamics.levels)
+            least, levels = spec.reading.least or 0, spec.reading.levels
+            self.pack_after = partial(_pack_above, pack, levels, least)
 
-    def forward(self, v_init: float, *operands: Tensor | None) -> tuple[Any, ...]:
-        """Spikes, last voltage, every voltage, checkpoint and bits; ``None`` if not asked for.
+    def forward(self, v_init: Any, *operands: Tensor | None) -> tuple[Any, ...]:
+        """Spikes, last states, every voltage, checkpoint and bits; ``None`` if not asked for.
 
-        Voltages are float32, and have the ``shape`` and ``strides`` of a step, ``v_seq`` those of
-        the sequence. ``checkpoint`` is what backward of a spec that ``saves`` needs besides. Bits
-        are those of :func:`sj_taid.ops.bits.pack`.
+        States are float32, and have the ``shape`` and ``strides`` of a step, ``v_seq``, every value
+        of the first, those of the sequence. ``checkpoint`` is what backward of a spec that
+        ``saves`` needs besides. Bits are those of :func:`sj_taid.ops.bits.pack`.
         """
         outputs: list[Any] = [self.new_spikes()]
         for _ in self.states:
@@ -167,30 +124,63 @@ class Plan:
             self.new(self.checkpoint) if self.has_checkpoint else None,
             self.new_bits() if self.packs else None,
         )
+        if self.first < self.last:
+            operands = self._operands(operands)
         self.start_forward(v_init, operands, outputs)
         if self.pack_after:
             outputs[-1] = self.pack_after(outputs[0])
         return tuple(outputs)
 
-    def backward(
-        self, needs: Needs, v_init: float, given: tuple[Any, ...], operands: tuple[Any, ...]
-    ) -> tuple[Tensor | None, ...]:
-        """The gradients of x, v0, w, v_threshold, weight and bias; ``None`` if not needed.
+    def _operands(self, tensors: Any) -> Any:
+        """The tensors of a call with the values of parameters that a step needs in their place."""
+        first, last = self.first, self.last
+        return *tensors[:first], *self.before(*tensors[first:last]), *tensors[last:]
 
-        ``given`` are those of spikes, last and every voltage, in the memory order of the spec, the
-        first in its dtype, the others float32; and the checkpoint. The gradient of x has the shape
-        and strides of x; those of parameters are float32.
+    def backward(
+        self, needs: Any, v_init: Any, given: tuple[Any, ...], operands: tuple[Any, ...]
+    ) -> tuple[Tensor | None, ...]:
+        """The gradients of x, states, parameters, weight and bias; ``None`` if not needed.
+
+        ``needs`` says of which, once of weight and bias. ``given`` are those of spikes, last states
+        and every voltage, in the memory order of the spec, the first in its dtype, the others
+        float32; and the checkpoint. The gradient of x has the shape and strides of x; those of
+        parameters are float32.
         """
-        channels = self.spec.channels
-        size = (channels,) if self.spec.per_channel else ()
-        grads = (
-            torch.empty_like(operands[0]) if needs[0] else None,
-            self.new_v() if needs[1] else None,
-            *[self.new(size) if need else None for need in needs[2:4]],
-            *[self.new(channels) if needs[-1] else None for _ in range(2)],
-        )
-        self.start_backward(needs, v_init, operands, given, grads)
-        return grads
+        first, last = self.first, self.last
+        start, shapes, after = self.backwards.get(needs) or self._prepare(needs)
+        grad_x = self.new_like(operands[0]) if needs[0] else None
+        grad_v0: list[Any] = []
+        for need in needs[1:first]:
+            grad_v0.append(self.new_v() if need else None)
+        weight = self.new(self.spec.channels) if needs[-1] else None
+        bias = self.new(self.spec.channels) if needs[-1] else None
+        totals: list[Any] = []
+        for shape in shapes:
+            totals.append(shape if shape is None else self.new(shape))
+        parameters = operands[first:last]
+        if first < last:
+            operands = self._operands(operands)
+        start(v_init, *operands, *given, grad_x, *grad_v0, weight, bias, *totals)
+        learned: list[Any] = [None] * (last - first)
+        if after is not None:
+            values = operands[first : first + self.spec.reading.operands]
+            learned = after(*parameters, *values, *totals)
+        return grad_x, *grad_v0, *learned, weight, bias
+
+    def _prepare(self, needs: Any) -> Any:
+        """What starts backward's kernels, the shapes of totals, and what makes gradients of them.
+
+        The shape is ``None`` for a total that is not needed.
+        """
+        formulas, learns = self.spec.reading.formulas, needs[self.first : self.last]
+        wanted = formulas.totals_of(learns)
+        shapes = [s if k in wanted else None for k, s in enumerate(formulas.total_shapes)]
+        after = formulas.after(learns, self.spec.device) if any(learns) else None
+        return self.backwards.setdefault(needs, (self.prepare(needs, wanted), shapes, after))
+
+
+def _pack_above(pack: Any, levels: int, least: int, values: Tensor) -> Tensor:
+    return pack(values - least if least else values, levels)
 
 
 class Plans(dict[Any, Any]):
@@ -203,8 +193,7 @@ class Plans(dict[Any, Any]):
 
     def __init__(self) -> None:
         super().__init__()
-        #: whether on a GPU -> what a call reads of the module
-        self.views: dict[bool, Any] = {}
+        self.view: Any = None  #: what a call reads of the module
 
     @classmethod
     def of(cls, module: Any) -> Plans:

@@ -89,6 +89,22 @@ def step(
     return spike, reset(h, spike, v_threshold, v_reset, detach_reset)
 
 
+def run_step(node: Any, x: Tensor, states: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    """:func:`step` of a module with ``w``, ``v_threshold`` and the options as attributes."""
+    q = None if node.w is None else per_channel(node.w.sigmoid(), x)
+    spike, v = step(
+        x,
+        states["v"],
+        q,
+        per_channel(node.v_threshold, x),
+        decay_input=node.decay_input,
+        v_reset=node.v_reset,
+        surrogate_function=node.surrogate_function,
+        detach_reset=node.detach_reset,
+    )
+    return spike, {"v": v}
+
+
 def multi_step(
     x_seq: Tensor,
     v: Tensor | float,

@@ -71,14 +71,14 @@ class Formulas(NamedTuple):
     grads: tuple[str | None, ...]  #: of parameters; ``None`` for one that has none
     total_shapes: tuple[tuple[int, ...], ...]
 
-    def before(self) -> Callable[..., list[Tensor]]:
+    def before(self, device: Any) -> Callable[..., list[Tensor]]:
         """A function of the parameters that gives the operands."""
-        return self._compile(self.parameters, self.operands)
+        return self._compile(self.parameters, self.operands, device)
 
-    def after(self, needs: Sequence[bool]) -> Callable[..., list[Any]]:
+    def after(self, needs: Sequence[bool], device: Any) -> Callable[..., list[Any]]:
         """A function of parameters, operands and totals that gives the gradients needed."""
         own = [f"_{k}" if name in self.parameters else name for k, name in enumerate(self.operands)]
-        return self._compile((*self.parameters, *own, *self.totals), self._needed(needs))
+        return self._compile((*self.parameters, *own, *self.totals), self._needed(needs), device)
 
     def totals_of(self, needs: Sequence[bool]) -> tuple[int, ...]:
         """Which totals these gradients need."""
@@ -99,12 +99,12 @@ class Formulas(NamedTuple):
                 stack += uses.get(name, ())
         return found
 
-    def _compile(self, given: Sequence[str], results: Sequence[str | None]) -> Any:
+    def _compile(self, given: Sequence[str], results: Sequence[str | None], device: Any) -> Any:
         needed = self._uses(results, given) - {*given}
         lines = [f"    {name} = {text}" for name, text, _ in self.lines if name in needed]
         end = f"    return [{', '.join(map(str, results))}]"
         space: dict[str, Any] = {"aten": torch.ops.aten, "torch": torch}
-        space["full"] = partial(torch.full, device="cpu")
+        space["full"] = partial(torch.full, device=device)
         exec("\n".join([f"def function({', '.join(given)}):", *lines, end]), space)
         return space["function"]
 
@@ -130,6 +130,11 @@ class Reading(NamedTuple):
     @property
     def operands(self) -> int:
         return len(self.operand_channels)
+
+    @property
+    def per_channel(self) -> bool:
+        """Whether a value of parameters, or a sum for them, is one per channel."""
+        return any((*self.operand_channels, *self.total_channels))
 
     @property
     def levels(self) -> int:
@@ -193,9 +198,9 @@ def _read_once(step: Step, states: int, parameters: Sequence[Tensor], shape: Any
 
 
 def _random_states() -> tuple[Any, ...]:
-    """The states of torch's, Python's and numpy's random numbers."""
+    """The states of Python's and numpy's random numbers; torch's are seen by its operations."""
     state: Any = np.random.get_state(legacy=False)  # noqa: NPY002
-    return torch.get_rng_state().tolist(), random.getstate(), repr(state["state"])
+    return random.getstate(), repr(state["state"])
 
 
 def _same(tensor: Tensor) -> Tensor:

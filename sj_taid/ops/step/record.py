@@ -33,11 +33,6 @@ class Notes:
         #: of modules within, during a step, and the attributes that they were given
         self.copies: dict[int, Any] = {}
 
-    def add(self, others: Notes) -> None:
-        """Note what others have noted."""
-        for mine, theirs in zip(vars(self).values(), vars(others).values(), strict=True):
-            mine.update(theirs)
-
     def note(self, path: str, owner: Any, value: Any, tensors: dict[str, Tensor]) -> Any:
         """Note an attribute; gives what stands for it."""
         if path in _OF_MODULES or path.startswith("__"):
@@ -197,16 +192,16 @@ class Neuron:
             found = {n: t for n, t in home.items() if isinstance(t, Tensor)}
             self.tensors |= {n: t for n, t in found.items() if only is None or n in only}
 
-    def read(self, shape: Sequence[int]) -> tuple[Reading, Notes]:
-        """The step for inputs of this shape, and what it reads."""
-        notes = Notes()
+    def read(self, shape: Sequence[int], notes: Notes) -> Reading:
+        """The step for inputs of this shape; notes what it reads, up to where it cannot be read."""
         tensors = list(self.tensors.values())
-        return read(partial(self.step, notes), len(self.states), tensors, shape), notes
+        return read(partial(self.step, notes), len(self.states), tensors, shape)
 
     def step(
         self, notes: Notes, x: Tensor, states: Sequence[Any], tensors: Sequence[Tensor]
     ) -> tuple[Tensor, list[Any]]:
         """One step of a copy with other states and tensors."""
+        notes.copies.clear()
         copied = recording(self.node, notes, dict(zip(self.tensors, tensors, strict=True)))
         memories = copied.__dict__["_memories"]
         copied.__dict__["_store_v_seq"] = False  # a call keeps every voltage, not a step
@@ -220,7 +215,6 @@ class Neuron:
             raise NotRead("sets an attribute")
         if any(_is_changed(vars(module), kept) for module, kept in notes.copies.values()):
             raise NotRead("changes a module within it")
-        notes.copies.clear()
         if after is not memories and notes.states:
             name = next(iter(notes.states))
             raise NotRead(f"reads its state {name!r} of itself, not of what it is given")

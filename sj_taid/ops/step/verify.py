@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from ..alif.autograd import apply_fused
-from ..alif.plan import ENGINES, find_plan, spec_of
+from ..alif.plan import find_plan, spec_of
 from .read import NotRead, Reading, _same
 from .record import Neuron
 
@@ -24,10 +24,13 @@ _ASK = "please report it with the neuron's class"
 _checked: set[Any] = set()
 
 
-def verify(neuron: Neuron, reading: Reading, shape: tuple[int, ...]) -> str | None:
-    """Why compiled rows are not used: they differ from the step. Once a structure, in a process."""
+def verify(
+    neuron: Neuron, reading: Reading, shape: tuple[int, ...], engine: Any, device: Any
+) -> str | None:
+    """Why what is compiled is not used: it differs from the step. Once a structure and process."""
     kind = getattr(neuron.node, "_taid_kind", type(neuron.node))
-    key = kind, reading.program, reading.formulas, reading.operand_channels, reading.total_channels
+    channels = reading.operand_channels, reading.total_channels
+    key = engine, kind, reading.program, reading.formulas, *channels
     if key in _checked or 0 in shape[1:2]:
         return None
     sizes = (4, *shape[1:2], *[3] * (len(shape) - 2))
@@ -42,7 +45,7 @@ def verify(neuron: Neuron, reading: Reading, shape: tuple[int, ...]) -> str | No
             pairs = [
                 pair
                 for are_tensors in (True, False)
-                for pair in _results(neuron, reading, sizes, are_tensors)
+                for pair in _results(neuron, reading, sizes, are_tensors, engine, device)
             ]
         except NotRead:
             raise
@@ -60,22 +63,25 @@ def verify(neuron: Neuron, reading: Reading, shape: tuple[int, ...]) -> str | No
     return None
 
 
-def _results(neuron: Neuron, reading: Reading, sizes: Any, are_tensors: bool) -> Any:
-    """Outputs, states and gradients of the step in torch, and of the compiled rows.
+def _results(
+    neuron: Neuron, reading: Reading, sizes: Any, are_tensors: bool, engine: Any, device: Any
+) -> Any:
+    """Outputs, states and gradients of the step in torch, and of what is compiled.
 
     Not ``are_tensors``: the states start as a new neuron's, of which a step may make others.
     """
     generator = torch.Generator().manual_seed(0)
     normal: Any = partial(torch.randn, generator=generator, dtype=torch.float32, device="cpu")
     x, *states = normal(_STEPS, *sizes).mul_(2), *(normal(sizes).mul_(0.5) for _ in neuron.states)
-    upstream = [normal(t.shape) for t in (x, *states)]
+    upstream = [normal(t.shape).to(device) for t in (x, *states)]
+    x, *states = (t.to(device) for t in (x, *states))
     starts = [0.0] * len(states)
     if not are_tensors:
         states = neuron.starts(x)
         starts = [0.0 if isinstance(s, Tensor) else float(s) for s in states]
-    tensors = [t.detach().to("cpu", torch.float32, copy=True) for t in neuron.tensors.values()]
+    tensors = [t.detach().to(device, torch.float32, copy=True) for t in neuron.tensors.values()]
     found = []
-    for run in (neuron.run_sequence, partial(_run, reading, starts)):
+    for run in (neuron.run_sequence, partial(_run, engine, reading, starts)):
         given, split = [x, *states, *tensors], 1 + len(states)
         given = [t.clone().requires_grad_() if isinstance(t, Tensor) else t for t in given]
         ends = run(given[0], given[1:split], given[split:])
@@ -92,10 +98,10 @@ def _results(neuron: Neuron, reading: Reading, sizes: Any, are_tensors: bool) ->
     return [(a, b, k <= len(states)) for k, (a, b) in enumerate(results)]
 
 
-def _run(reading: Reading, starts: Any, x: Tensor, states: Any, tensors: Any) -> list[Tensor]:
-    per_channel = any((*reading.operand_channels, *reading.total_channels))
-    spec = spec_of(x, reading, per_channel, saves=True)
-    plan = find_plan(ENGINES["cpu"], spec)
+def _run(
+    engine: Any, reading: Reading, starts: Any, x: Tensor, states: Any, tensors: Any
+) -> list[Tensor]:
+    plan = find_plan(engine, spec_of(x, reading, saves=True))
     states = [s if isinstance(s, Tensor) else None for s in states]
     output, *last, _, _ = apply_fused(plan, tuple(starts), "", x, *states, *tensors, *[None] * 4)
     return [output, *last]

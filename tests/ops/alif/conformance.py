@@ -22,15 +22,11 @@ from torch import Tensor
 from sj_taid._internal.compat import FUNCTIONAL_STATES
 from sj_taid.ops import bits
 from sj_taid.ops.alif import reference
-from sj_taid.ops.alif.autograd import dynamics_of, spec_of
-from sj_taid.ops.alif.plan import Spec
-from sj_taid.ops.surrogate import (
-    DERIVATIVES,
-    MultiLevelSpikeCount,
-    counts,
-    levels_of,
-)
+from sj_taid.ops.alif.plan import Spec, spec_of
+from sj_taid.ops.step.read import Reading
+from sj_taid.ops.surrogate import MultiLevelSpikeCount, Rect, counts, levels_of
 from tests.helpers import HALF, Case, Leaves, differences, results, tensors
+from tests.ops.alif.norm import read_unchecked
 
 #: Name -> one step's shape and the order of a sequence's axes in memory. Images: neighbours share a
 #: channel. Features and channels-last: they do not. Odd: no 16-byte accesses.
@@ -43,11 +39,17 @@ LAYOUTS: dict[str, tuple[tuple[int, ...], tuple[int, ...] | None]] = {
 }
 #: float32 and float64 may rightly disagree about a spike this near the threshold.
 MARGIN = 2e-5
-#: Without the one whose backward raises on 0.0.0.0.14.
+_BASES = (
+    surrogate.SurrogateFunctionBase,
+    getattr(surrogate, "MultiArgsSurrogateFunctionBase", surrogate.SurrogateFunctionBase),
+)
+#: SpikingJelly's, without one that draws, and one whose backward raises on 0.0.0.0.14
 SURROGATES = {
-    kind.__name__: kind
-    for kind in DERIVATIVES
-    if kind is not MultiLevelSpikeCount
+    name: kind
+    for name, kind in (vars(surrogate) | {"Rect": Rect}).items()
+    if isinstance(kind, type)
+    and issubclass(kind, _BASES)
+    and kind not in (*_BASES, MultiLevelSpikeCount, surrogate.PoissonPass)
     and (FUNCTIONAL_STATES or kind is not surrogate.NonzeroSignLogAbs)
 }
 COUNTS = {
@@ -140,11 +142,16 @@ def make_case(row: Mapping[str, Any]) -> Case:
 def make_spec(case: Case, x: Tensor | None = None, **changes: Any) -> Spec:
     """The spec of a case's call, in which w and the threshold learn."""
     x = tensors(case)["x"] if x is None else x
-    dynamics = dynamics_of(None if case.stateless else x, case.options())
     norm = (case.norm is not None, case.norm == "fixed")
     options = ("v_seq" in case.through, case.pack, True)
-    spec = spec_of(x, dynamics, case.channels is not None, *norm, *options)
-    return spec._replace(**changes)
+    return spec_of(x, make_reading(case), *norm, *options)._replace(**changes)
+
+
+def make_reading(case: Case) -> Reading:
+    """The reading of a case's neuron."""
+    leaves = tensors(case)
+    parameters = [leaves[n] for n in ("w", "v_threshold") if not (n == "w" and case.stateless)]
+    return read_unchecked(case.shape[1:], parameters, case.options())
 
 
 def tensors_off_threshold(case: Case) -> Leaves:
@@ -217,13 +224,13 @@ def compare(
 
 def expected_launches(case: Case) -> dict[str, int]:
     """The launches that the CUDA kernels take, by name."""
-    expected = {"alif_forward": 1, "alif_backward": 1}
+    expected = {"neuron_forward": 1, "neuron_backward": 1}
     if case.norm:
         expected["norm_gradients"] = 1
     if case.norm == "batch":
         # The input's gradient needs sums over all of the input first.
-        expected["alif_backward"] = 2 - ("x" in case.frozen)
-    if case.pack and counts(case.surrogate_function):
+        expected["neuron_backward"] = 2 - ("x" in case.frozen)
+    if case.pack and levels_of(case.surrogate_function) > 1:
         expected["pack"] = 1
     if {"w", "v_threshold"} - {*case.frozen, *(["w"] if case.stateless else [])}:
         expected["parameter_gradients"] = 1

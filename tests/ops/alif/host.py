@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -23,9 +24,9 @@ from zlib import crc32
 import pytest
 import torch
 
-from sj_taid import fused_neuron
-from sj_taid.ops.alif import autograd, kernels
+from sj_taid.ops.alif import autograd
 from sj_taid.ops.alif.plan import ENGINES
+from sj_taid.ops.step import readings
 from tests.helpers import results
 
 GXX = shutil.which("g++")
@@ -57,20 +58,20 @@ class CompileError(Exception):
 class Host:
     """A GPU's stand-in: compiles kernels with g++, runs them, and records every launch."""
 
-    def __init__(self, directory, source=None, flags=(), launcher=LAUNCHER):
+    def __init__(self, directory, edit=str, flags=(), launcher=LAUNCHER):
         self.directory = directory
-        self.source = source or kernels.source()
+        self.edit = edit  # of the kernels' text
         self.launcher = launcher  # the file
         self.flags = (*FLAGS, *flags)
         self.launches = []
         self.guarded = []  # the devices made current
-        self.dry = None  # a set while only the names of the kernels are collected
+        self.dry = None  # a set while only texts and names of the kernels are collected
         self._functions = {}
         self.current = threading.local()  # a thread's device and stream
         self.cuda = self.load_cuda(self.make_cupy())
 
     def collect(self, run):
-        """The kernels that ``run`` launches, without running them."""
+        """The texts and names of the kernels that ``run`` launches, without running them."""
         self.dry = set()
         try:
             run()
@@ -82,20 +83,25 @@ class Host:
         """The names of the kernels that a case launches."""
         return self.collect(lambda: results(self.cuda.multi_step, case))
 
-    def build(self, names):
-        """Compile the kernels ``names`` that are not yet there, two libraries side by side."""
-        missing = sorted(set(names) - self._functions.keys())
+    def build(self, kernels):
+        """Compile the ``kernels``, texts and names, that are not there, two libraries at a time."""
+        missing = sorted(set(kernels) - self._functions.keys())
         count = -(-len(missing) // _LARGEST_UNIT)
         units = [missing[i::count] for i in range(count)]
         with ThreadPoolExecutor(2) as pool:
             for library, unit in zip(pool.map(self._compile, units), units, strict=True):
-                for i, name in enumerate(unit):
-                    size = getattr(library, f"kernel_{i}_size")()
-                    self._functions[name] = getattr(library, f"kernel_{i}"), size, library.take_end
+                for i, kernel in enumerate(unit):
+                    found = (getattr(library, f"kernel_{i}{end}") for end in ("", "_size"))
+                    function, size = found
+                    self._functions[kernel] = function, size(), library.take_end
 
-    def _compile(self, names):
-        exports = "".join(f"EXPORT(kernel_{i}, {name})\n" for i, name in enumerate(names))
-        text = f'#include "{_PRELUDE}"\n{self.source}\n{exports}'
+    def _compile(self, kernels):
+        exports = defaultdict(str)
+        for i, (source, name) in enumerate(kernels):
+            exports[source] += f"EXPORT(kernel_{i}, {name})\n"
+        text = f'#include "{_PRELUDE}"\n'
+        for i, (source, lines) in enumerate(exports.items()):
+            text += f"namespace text_{i} {{\nusing ::load_word;\n{source}\n{lines}}}\n"
         key = f"{self.flags}{text}{_PRELUDE.read_text()}"
         key = hashlib.sha256(key.encode()).hexdigest()[:16]
         unit = self.directory / f"{key}.cpp"
@@ -117,7 +123,7 @@ class Host:
             spec.loader.exec_module(module)
         module._capacity = lambda device: 16
         # Of each kernel another number runs at a time, by its registers.
-        module._resident = lambda device, name: 4 + crc32(name.encode()) % 13
+        module._resident = lambda device, name, source: 4 + crc32(name.encode()) % 13
         return module
 
     def make_cupy(self):
@@ -133,15 +139,16 @@ class Host:
         )
 
     def _module(self, code, options, name_expressions):
-        return SimpleNamespace(get_function=lambda name: partial(self._launch, name))
+        source = self.edit(code)
+        return SimpleNamespace(get_function=lambda name: partial(self._launch, source, name))
 
-    def _launch(self, name, grid, block, arguments, *, stream):
+    def _launch(self, source, name, grid, block, arguments, *, stream):
         if self.dry is not None:
-            self.dry.add(name)
+            self.dry.add((source, name))
             return
-        if name not in self._functions:
-            self.build([name])
-        function, size, take_end = self._functions[name]
+        if (source, name) not in self._functions:
+            self.build([(source, name)])
+        function, size, take_end = self._functions[source, name]
         (struct,) = arguments
         assert struct.size == size, f"the struct of {name}"
         function(*grid, *block, ctypes.c_void_p(struct.ptr))
@@ -165,9 +172,10 @@ class Host:
         }
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.cuda, "device", device)
+            # A first call's check would launch kernels too; tests/ops/step has it.
+            patch.setattr(readings, "verify", lambda *arguments: None)
             for name, function in stand_ins.items():
                 patch.setattr(torch._C, name, function, raising=False)
-            patch.setattr(fused_neuron, "_is_on_gpu", lambda x_seq: True)
             yield self
 
     def _get(self, name):

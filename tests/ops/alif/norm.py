@@ -17,8 +17,11 @@ from torch import Tensor
 
 from sj_taid._internal import graph
 from sj_taid.ops.alif import reference
-from sj_taid.ops.alif.autograd import apply_fused, dynamics_of, operands_of
+from sj_taid.ops.alif.autograd import apply_fused
+from sj_taid.ops.alif.fused import _ALIF, operands_of
 from sj_taid.ops.alif.plan import Engine, find_plan, spec_of
+from sj_taid.ops.step.read import Reading
+from sj_taid.ops.step.record import Neuron, Notes
 
 
 class BatchNorm(NamedTuple):
@@ -80,7 +83,7 @@ def _fuse(
 ) -> tuple[Any, ...]:
     """As an accelerated net calls a plan."""
     operands, v_init = operands_of(*tensors)
-    x_seq, _, w, v_threshold = operands
+    x_seq, _, *parameters = operands
     mean = rstd = weight = bias = None
     if norm is not None:
         weight, bias = norm[:2]
@@ -90,7 +93,12 @@ def _fuse(
     saves = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
     is_fixed = norm is not None and not norm.use_batch_statistics
     flags = (norm is not None, is_fixed, store_v_seq, pack, saves)
-    spec = spec_of(x_seq, dynamics_of(w, options), v_threshold.dim() > 0, *flags)
+    spec = spec_of(x_seq, read_unchecked(x_seq.shape[1:], parameters, options), *flags)
     plan = find_plan(engine, spec)
     results = apply_fused(plan, v_init, "", *operands, mean, rstd, weight, bias)
     return results if pack else results[:3]
+
+
+def read_unchecked(shape: Any, parameters: Any, options: Any) -> Reading:
+    """An ALIF's reading, which no backend has checked."""
+    return Neuron(_ALIF(parameters, options), reference.run_step).read(shape, Notes())

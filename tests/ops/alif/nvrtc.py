@@ -21,14 +21,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from spikingjelly.activation_based import neuron
 
+from sj_taid._internal import compat
 from sj_taid.ops.alif import kernels
-from sj_taid.ops.alif.kernels import NEED_NORM, NEED_V_THRESHOLD, NEED_W, NEED_X
-from sj_taid.ops.alif.plan import Charge
+from sj_taid.ops.alif.kernels import NEED_NORM, NEED_TOTAL, NEED_X
+from sj_taid.ops.alif.plan import spec_of
+from sj_taid.ops.step.read import Reading
+from sj_taid.ops.step.record import Neuron, Notes
 from tests.helpers import Case
-from tests.ops.alif.conformance import COUNTS, SURROGATES, make_spec, pairwise
-
-ALL = NEED_X | NEED_W | NEED_V_THRESHOLD
+from tests.ops.alif.conformance import COUNTS, SURROGATES, make_reading, pairwise
 
 
 class Resources(NamedTuple):
@@ -117,51 +119,91 @@ def _call(function: str, *arguments: object) -> None:
         raise RuntimeError(f"nvrtc{function}: {reason}")
 
 
-# What decides the registers of a thread: the greediest surrogates, the most neurons, the longest
-# single sweep of half precision and that of float32, segments with a rest.
+# What decides the registers of a thread: the most neurons, the longest single sweep of half
+# precision and that of float32, segments with a rest.
 OPTIONS = {
     "T": (1, 4, 8, 16, 23),
     "dtype": tuple(kernels.SCALARS),
-    "v_reset": (0.0, -0.25, None, "counts"),
     "per_lane": (False, True),
     "v_seq": (False, True),
-    "detach_reset": (False, True),
-    "charge": tuple(Charge),
-    "surrogate": ("Sigmoid", "S2NN", "QPseudoSpike"),
-    "needs": ("no norm", NEED_NORM | ALL & ~NEED_X, NEED_NORM, ALL, NEED_NORM | ALL),
+    "needs": ("x", "all", "norm", "norm and sums", "all and norm"),
     "pack": (False, True),
 }
+#: of ALIF, by reset, surrogate, whether that is detached and the input decays
+ALIFS = {
+    "v_reset": (0.0, -0.25, None, "counts"),
+    "surrogate": ("Sigmoid", "S2NN", "QPseudoSpike", "ATan"),
+    "detach_reset": (False, True),
+    "decay_input": (False, True),
+}
+#: neurons of SpikingJelly's, of one to two states; the installed version may lack some
+NEURONS = (
+    *("IFNode", "LIFNode", "KLIFNode", "QIFNode", "EIFNode", "TernaryLIFNode"),
+    *("ComplementaryLIFNode", "CUBALIFNode", "IzhikevichNode"),
+)
 
 
-def kernels_and_bytes() -> Iterator[tuple[str, int]]:
-    """Names of kernels, and the bytes of the smallest array that a thread of each holds."""
-    for row in pairwise(OPTIONS):
-        norm = row["needs"] != "no norm"
-        counts = row["v_reset"] == "counts" or row["charge"] == Charge.NO_STATE
-        case = Case(
-            None if counts else row["v_reset"],
-            row["detach_reset"],
-            dtype=row["dtype"],
-            shape=(1, 1, 1),
-            surrogate_function=(COUNTS["counts"] if counts else SURROGATES[row["surrogate"]])(),
-            through=("spike_seq",),
-        )
-        spec = make_spec(case, steps=row["T"], norm=norm, pack=row["pack"])
-        spec = spec._replace(dynamics=spec.dynamics._replace(charge=row["charge"]))
-        needs, v_seq = row["needs"] if norm else ALL, row["v_seq"]
-        is_sweep = row["T"] <= kernels.longest_sweep(row["dtype"])
-        steps = row["T"] if is_sweep else kernels.SEGMENT
-        for name, vec in (
-            kernels.forward(spec._replace(store_v_seq=v_seq)),
-            kernels.backward(spec, needs, v_seq),
-        ):
-            lanes = vec if row["per_lane"] else 1
-            yield name.format(vec, lanes), 4 * steps * vec  # a voltage of each step
-    yield from ((f"{what}_gradients<float>", 4 * 8) for what in ("norm", "parameter"))
+def readings() -> Iterator[tuple[str, Reading]]:
+    """Neurons that kernels are compiled for."""
+    for row in pairwise(ALIFS):
+        name = ", ".join(map(str, row.values()))
+        kind = SURROGATES[row.pop("surrogate")]
+        if row["v_reset"] == "counts":
+            kind, row["v_reset"] = COUNTS["counts"], None
+        yield f"ALIF, {name}", make_reading(Case(surrogate_function=kind(), **row))
+    for name in NEURONS:
+        if hasattr(neuron, name):
+            node = getattr(neuron, name)()
+            yield name, Neuron(node, compat.step_of(type(node))).read((2, 3, 5, 7), Notes())
+
+
+class Kernel(NamedTuple):
+    """A kernel of a neuron, and the bytes of the smallest array that a thread of it holds."""
+
+    neuron: str
+    source: str
+    name: str
+    bytes: int
+
+
+def neuron_kernels() -> Iterator[Kernel]:
+    """Those of each neuron, over pairs of options that differ from neuron to neuron."""
+    rows = [*pairwise(OPTIONS)]
+    for turn, (who, reading) in enumerate(readings()):
+        for row in rows[turn % 3 :: 3]:
+            has_norm = "norm" in row["needs"]
+            needs = NEED_X * (row["needs"][:3] != "nor") | NEED_NORM * has_norm
+            if row["needs"] not in ("x", "norm"):
+                needs |= sum(NEED_TOTAL << k for k in range(len(reading.program.totals)))
+            x = torch.empty(row["T"], 1, 1, dtype=row["dtype"])
+            spec = spec_of(x, reading, has_norm, False, row["v_seq"], row["pack"], True)
+            held = kernels.longest_sweep(x.dtype, reading.states)
+            held = row["T"] if row["T"] <= held else kernels.SEGMENT
+            for name, vec in (kernels.forward(spec), kernels.backward(spec, needs, row["v_seq"])):
+                lanes = vec if row["per_lane"] else 1
+                size = 4 * held * vec  # a state of each step
+                yield Kernel(who, kernels.source_of(spec), name.format(vec, lanes), size)
+
+
+def other_kernels() -> Iterator[Kernel]:
+    """Those that know of no neuron."""
+    source = kernels.source()
+    for what in ("norm", "parameter"):
+        yield Kernel("", source, f"{what}_gradients<float>", 4 * 8)
     for dtype, scalar in kernels.SCALARS.items():
         vecs = (1, kernels.ALIGNMENT // dtype.itemsize)
         for what, vec, counts in itertools.product(("pack", "unpack"), vecs, (0, 1)):
-            yield f"{what}<{scalar},{vec},{counts}>", 4 * max(2, vec)
+            yield Kernel("", source, f"{what}<{scalar},{vec},{counts}>", 4 * max(2, vec))
+
+
+def compile_all(arch: str) -> Iterator[tuple[Kernel, Resources]]:
+    """What ptxas says of all of them."""
+    by_source: dict[str, dict[str, Kernel]] = {}
+    for kernel in (*neuron_kernels(), *other_kernels()):
+        by_source.setdefault(kernel.source, {})[kernel.name] = kernel
+    for source, named in by_source.items():
+        found = resources(source, [*named], arch)
+        yield from ((named[name], numbers) for name, numbers in found.items())
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -171,11 +213,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--arch", default="sm_{}{}".format(*here), help="such as sm_90")
     arch = parser.parse_args(arguments).arch
     start = time.perf_counter()
-    found = resources(kernels.source(), [*dict(kernels_and_bytes())], arch)
+    found = [*compile_all(arch)]
     seconds = time.perf_counter() - start
     print(f"{len(found)} kernels for {arch} compiled in {seconds:.1f} s by {library()._name}")
-    for name, r in found.items():
-        print(f"{r.registers:4} registers, {r.spill_stores} bytes spilled: {name}")
+    for kernel, r in found:
+        about = f"{kernel.neuron}: {kernel.name}"
+        print(f"{r.registers:4} registers, {r.spill_stores} bytes spilled: {about}")
 
 
 if __name__ == "__main__":

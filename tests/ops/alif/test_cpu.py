@@ -11,8 +11,7 @@ import torch
 from spikingjelly.activation_based import surrogate
 
 from sj_taid.ops import backends
-from sj_taid.ops.alif import reference
-from sj_taid.ops.alif.autograd import dynamics_of
+from sj_taid.ops.alif import compiled, reference
 from sj_taid.ops.alif.plan import find_plan
 from sj_taid.ops.surrogate import MultiLevelSpikeCount
 from tests.helpers import (
@@ -32,6 +31,7 @@ from tests.ops.alif.conformance import (
     SURROGATES,
     compare,
     make_case,
+    make_reading,
     pairwise,
 )
 from tests.ops.alif.norm import BatchNorm, with_norm
@@ -321,12 +321,11 @@ COMPILED = [
 def test_the_operator_of_a_compiled_graph(case):
     """Schema, no aliasing, gradients, and fake outputs of the right shapes, dtypes and strides."""
     leaves = tensors(case)
-    v0, w = leaves["v0"], None if case.stateless else leaves["w"]
-    dynamics = dynamics_of(w, case.options())
-    for v_init, store_v_seq in ((v0, True), (None, False)):
-        operands = (leaves["x"], v_init, 0.0, w, leaves["v_threshold"])
-        arguments = (*operands, int(dynamics.charge), *dynamics[3:], store_v_seq)
-        torch.library.opcheck(torch.ops.sj_taid.alif, arguments)
+    parameters = [leaves[n] for n in ("w", "v_threshold") if not (n == "w" and case.stateless)]
+    key = compiled.key_of(make_reading(case))
+    for states, store_v_seq in (([leaves["v0"]], True), ([], False)):
+        about = [bool(states)], [0.0], parameters, key, store_v_seq
+        torch.library.opcheck(torch.ops.sj_taid.neuron, (leaves["x"], states, *about))
 
 
 @pytest.mark.parametrize(
@@ -340,14 +339,14 @@ def test_the_operator_of_a_compiled_graph(case):
 def test_what_it_cannot_take_is_refused_with_the_reason(dtype, device, reason):
     x = torch.zeros(2, 3, dtype=dtype, device=device)
     with pytest.raises(backends.BackendUnavailableError, match=reason):
-        backends.resolve("numba", x, surrogate.ATan())
+        backends.resolve("numba", x)
 
 
 @pytest.mark.filterwarnings("error")
 def test_auto_takes_the_loops_but_for_float64():
     for dtype, taken in ((torch.float32, cpu), (torch.float64, reference)):
         x = torch.zeros(2, 3, dtype=dtype)
-        backend = backends.resolve("auto", x, surrogate.ATan())
+        backend = backends.resolve("auto", x)
         assert backend.multi_step is taken.multi_step
 
 

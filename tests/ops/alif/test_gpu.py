@@ -160,7 +160,7 @@ def test_under_autocast(cuda, dtype):
     out.float().square().sum().backward()
     assert net[1].w.grad.dtype == torch.float32
     assert all(p.grad.isfinite().all() for p in net.parameters())
-    assert cuda.launches == {"alif_forward": 1, "alif_backward": 1, "parameter_gradients": 1}
+    assert cuda.launches == {"neuron_forward": 1, "neuron_backward": 1, "parameter_gradients": 1}
 
 
 @pytest.mark.parametrize("T", [4, 24])
@@ -207,4 +207,4 @@ def test_cupy_passes_an_address_as_it_is(cuda):
 
 def test_auto_takes_the_kernels(cuda):
     alif_multi_step(torch.randn(4, 8, device="cuda"), 0.0, *torch.ones(2, device="cuda"))
-    assert cuda.launches == {"alif_forward": 1}
+    assert cuda.launches == {"neuron_forward": 1}

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from sj_taid.ops.alif import kernels, reference
+from sj_taid.ops.step.read import MOST_TOTALS
 from tests.helpers import assert_spikes_at_their_edges
 from tests.ops.alif.conformance import (
     COUNT_OPTIONS,
@@ -102,8 +103,9 @@ def add_up(host, step, x):
     sums = torch.full((2, channels), 0.0 if step else torch.nan)
     host = in_turns(host, step) if step else host
     with host.patched():
-        before = array("q", [0])
-        host.cuda._prepare_adders(spec, name, (rows, run, channels), before, 2)(x, *sums)
+        first = array("q", range(MOST_TOTALS))
+        totals = *sums, *[None] * (MOST_TOTALS - 2)
+        host.cuda._prepare_adders(spec, name, (rows, run, channels), first, 2)(x, *totals)
     return sums
 
 
@@ -111,14 +113,17 @@ def add_up(host, step, x):
 def in_turns(host, step):
     """A host on which a block's threads take turns, and add a sum to what is there: once."""
     line = "to[channel] = "
-    assert host.source.count(line) == 1
-    source = host.source.replace(line, "to[channel] += ")
-    return Host(host.directory, source, (f"-DSTEP={step}", "-D_XOPEN_SOURCE=700"))
+    assert kernels.source().count(line) == 1
+
+    def edit(source):
+        return source.replace(line, "to[channel] += ")
+
+    return Host(host.directory, edit, (f"-DSTEP={step}", "-D_XOPEN_SOURCE=700"))
 
 
 def test_other_launches_are_a_difference(launcher):
     (found,) = compare(make_case(ROW), launcher.cuda.multi_step, launches=Counter())
-    assert found.startswith("launches {}, expected {'alif_forward': 1, 'alif_backward': 1")
+    assert found.startswith("launches {}, expected {'neuron_forward': 1, 'neuron_backward': 1")
 
 
 # A case's options or another check, one line of the kernels or of their launcher, and what is put
@@ -243,7 +248,8 @@ def test_sums_over_threads_are_exact_and_of_every_thread_once(launcher, step, ro
 def test_kernels_take_their_constants_from_python(tmp_path, monkeypatch):
     monkeypatch.setattr(kernels, "SEGMENT", 4)
     monkeypatch.setattr(kernels, "LONGEST_SWEEP", 8)
-    with Host(tmp_path, kernels.source()).patched() as host:
+    monkeypatch.setattr(kernels, "source", kernels.source.__wrapped__)
+    with Host(tmp_path).patched() as host:
         check(host, make_case(ROW | {"T": 13}))
 
 

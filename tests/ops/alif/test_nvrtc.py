@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from sj_taid.ops.alif import kernels
 from tests.ops.alif import nvrtc
 
 try:
@@ -19,8 +18,6 @@ pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=f"needs NVRTC: {WHY_
 
 OTHERS = [pytest.param(arch, marks=pytest.mark.kernels) for arch in ("sm_80", "sm_100")]
 
-NAMES = dict(nvrtc.kernels_and_bytes())
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["sm_90", *OTHERS])
@@ -29,10 +26,8 @@ def test_no_array_of_a_thread_is_in_local_memory(arch):
 
     How many single registers are spilled depends on the version of NVRTC: ``make gpu`` prints it.
     """
-    found = nvrtc.resources(kernels.source(), tuple(NAMES), arch)
-    assert found.keys() == NAMES.keys()
-    for name, r in found.items():
-        assert r.stack < NAMES[name], name
+    for kernel, r in nvrtc.compile_all(arch):
+        assert r.stack < kernel.bytes, (kernel.neuron, kernel.name)
 
 
 def test_library_is_loaded_after_the_builtins_next_to_it(tmp_path, monkeypatch):

@@ -15,9 +15,9 @@ from torch import nn
 pytest.importorskip("numba", reason="needs numba: pip install numba")
 from sj_taid import accelerate
 from sj_taid._internal import compat
-from sj_taid.fused_neuron import _NAMES, read_neuron
-from sj_taid.ops.alif import cpu  # noqa: F401, which enters its engine
+from sj_taid.ops.alif import cpu
 from sj_taid.ops.step.read import NotRead, read
+from sj_taid.ops.step.readings import NAMES, read_neuron
 from sj_taid.ops.step.verify import _run
 from tests.nets import own_neurons
 
@@ -173,7 +173,7 @@ def check(step):
         reading = read(step, step.states, leaves[1 + step.states :], step.shape)
     except NotRead:
         return False
-    got = results(partial(_run, reading, [0.0] * step.states), step, leaves)
+    got = results(partial(_run, cpu.ENGINE, reading, [0.0] * step.states), step, leaves)
     want = results(partial(by_torch, step), step, leaves)
     exact = results(partial(by_torch, step), step, leaves_of(step, torch.float64))
     ends = 1 + step.states
@@ -327,7 +327,7 @@ def test_a_step_is_refused_with_its_reason(reason):
     node = type("Looking", (Looks,), {})(look, **attributes)  # a class each
     before = dict(vars(node))
     shape = (2, 4) if reason == "has mm" else (2, 4, 3, 5)
-    found = read_neuron(node, shape, compat.step_of(type(node)))
+    found = read_neuron(node, shape, compat.step_of(type(node)), cpu.ENGINE, "cpu")
     assert isinstance(found, str) and reason in found, found
     assert vars(node) == before and type(node.surrogate_function) is surrogate.ATan
 
@@ -385,7 +385,7 @@ def test_a_change_of_what_a_step_reads_is_seen(kind):
     plain = getattr(neuron, kind)(step_mode="m") if isinstance(kind, str) else kind()
     fast = copy.deepcopy(plain)
     accelerate(nn.Sequential(fast))
-    names = [*_NAMES[type(plain)].numbers]
+    names = [*NAMES[type(plain)].numbers]
     assert {"v_threshold" in names, "surrogate_function.alpha" in names} != {False}
     x = torch.randn(3, 2, 4, 2, 3, generator=torch.Generator().manual_seed(0)) * 1.5
     for name in names:

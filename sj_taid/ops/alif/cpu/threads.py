@@ -148,10 +148,7 @@ class Call:
         for arguments in self.passes:
             record = loops.Arguments.from_buffer_copy(arguments)
             record.scratch = scratch.data_ptr()
-            if type(v_init) is tuple:
-                record.v_init[: len(v_init)] = v_init
-            else:
-                record.v_init[0] = v_init
+            record.v_init[: len(v_init)] = v_init
             record.at[:] = addresses[:-1]
             address = ctypes.addressof(record)
             if threads == 1:

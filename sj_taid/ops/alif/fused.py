@@ -1,0 +1,123 @@
+"""ALIF as a function of tensors, by a fused backend."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from spikingjelly.activation_based import base
+from torch import Tensor, nn
+
+from ..._internal import graph
+from ..bits import is_dense
+from ..step.read import NotRead, Reading
+from ..step.readings import read_neuron
+from . import compiled, reference
+from .autograd import apply_fused
+from .plan import ENGINES, Engine, arranged, find_plan, spec_of
+
+
+class _ALIF(base.MemoryModule):
+    """An ALIF whose parameters a call gives."""
+
+    w: Tensor | None = None
+    surrogate_function: Any
+
+    def __init__(self, parameters: Sequence[Tensor], options: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.register_memory("v", 0.0)
+        self._given = tuple(parameters)
+        for name, value in options.items():
+            setattr(self, name, value)
+
+    def _taid_tensors(self) -> tuple[Tensor, ...]:
+        return self._given
+
+
+def read_alif(
+    shape: Sequence[int],
+    parameters: Sequence[Tensor],
+    options: Mapping[str, Any],
+    engine: Engine,
+    device: Any,
+) -> Reading | str:
+    """The reading of an ALIF of w, if it has one, and a threshold, for steps of this shape."""
+    node = _ALIF(parameters, options)
+    return read_neuron(node, tuple(shape), reference.run_step, engine, device)
+
+
+def _key_in_graph(x_seq: Tensor, parameters: Sequence[Tensor], options: dict[str, Any]) -> str:
+    """The name of the reading in a graph that is being traced; none if there is no reading."""
+    function, attributes = options["surrogate_function"], []
+    for name in getattr(function, "__dict__", ()):
+        value = getattr(function, name)
+        if isinstance(value, bool | int | float | str | tuple):
+            attributes.append((name, value))
+    numbers = options["decay_input"], options["v_reset"], options["detach_reset"]
+    shapes = tuple(tuple(p.shape) for p in parameters)
+    about = tuple(attributes), numbers, shapes, x_seq.dim() - 1, x_seq.device.type
+    return _find_key(type(function), *about)
+
+
+@graph.constant_in_graphs
+def _find_key(kind: Any, attributes: Any, numbers: Any, shapes: Any, axes: int, device: str) -> str:
+    function = kind.__new__(kind)
+    nn.Module.__init__(function)
+    for name, value in attributes:
+        vars(function)[name] = value
+    options = dict(zip(("decay_input", "v_reset", "detach_reset"), numbers, strict=True))
+    options["surrogate_function"] = function
+    parameters = [torch.ones(shape) for shape in shapes]
+    channels = max((p.numel() for p in parameters), default=1)
+    shape = (2, channels, *[3] * (axes - 2))[:axes]
+    reading = read_alif(shape, parameters, options, ENGINES[device], device)
+    return "" if isinstance(reading, str) else compiled.key_of(reading)
+
+
+def multi_step(
+    engine: Engine,
+    x_seq: Tensor,
+    v: Tensor | float,
+    w: Tensor | None,
+    v_threshold: Tensor,
+    *,
+    store_v_seq: bool,
+    **options: Any,
+) -> tuple[Any, ...]:
+    """:func:`sj_taid.ops.alif.reference.multi_step` by a fused engine.
+
+    A dense ``x_seq`` with time outermost is taken in its own layout (contiguous, channels-last);
+    any other is made contiguous once. In a graph of ``torch.compile`` the neuron is one operator;
+    what traces or transforms takes the definition, and so does a surrogate that cannot be read.
+    """
+    compiles = torch.compiler.is_compiling()
+    is_plain = graph.is_eager() and type(x_seq) in (Tensor, nn.Parameter)
+    if not (compiles or is_plain):
+        return reference.multi_step(x_seq, v, w, v_threshold, store_v_seq=store_v_seq, **options)
+    (x_seq, v0, *parameters), starts = operands_of(x_seq, v, w, v_threshold)
+    if compiles:
+        key = _key_in_graph(x_seq, parameters, options)
+        if not key:
+            options["store_v_seq"] = store_v_seq
+            return reference.multi_step(x_seq, v, w, v_threshold, **options)
+        return compiled.run(x_seq, [v0], starts, parameters, key, store_v_seq)
+    reading = read_alif(x_seq.shape[1:], parameters, options, engine, x_seq.device)
+    if isinstance(reading, str):
+        raise NotRead(reading)
+    operands = x_seq, v0, *parameters
+    saves = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
+    spec = spec_of(x_seq, reading, store_v_seq=store_v_seq, saves=saves)
+    no_norm = None, None, None, None
+    return apply_fused(find_plan(engine, spec), starts, "", *operands, *no_norm)[:3]
+
+
+def operands_of(
+    x_seq: Tensor, v: Tensor | float, w: Tensor | None, v_threshold: Tensor
+) -> tuple[tuple[Any, ...], Any]:
+    """A plan's operands, but for a norm's, and its ``v_init``."""
+    dtype = reference.state_dtype(x_seq.dtype)
+    x_seq = x_seq if is_dense(x_seq) else x_seq.contiguous()
+    v0 = arranged(v if isinstance(v, Tensor) else None, x_seq.stride()[1:])
+    parameters = (p.to(dtype).contiguous() for p in (w, v_threshold) if p is not None)
+    return (x_seq, v0, *parameters), (0.0 if v0 is not None else v,)

@@ -1,0 +1,99 @@
+"""The readings of neurons by what their steps read: made once, checked, and kept."""
+
+from __future__ import annotations
+
+import warnings
+from functools import partial
+from operator import attrgetter
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from .read import NotRead, Reading
+from .record import HOOKS, Neuron, Notes
+from .verify import verify
+
+#: class -> the names of attributes, modules and tensors that any of its neurons has read
+NAMES: dict[type, Notes] = {}
+#: (class, names, their values, sizes, engine) -> the reading, or why there is none
+_READINGS: dict[Any, Reading | str] = {}
+
+
+def read_neuron(
+    node: Any, shape: tuple[int, ...], run: Any, engine: Any, device: Any
+) -> Reading | str:
+    """A neuron's step as it is read for inputs ``[N, *]`` of this shape, or why it is not.
+
+    ``run``: of :class:`.record.Neuron`; ``engine``: of the backend, which is checked on ``device``.
+    """
+    kind = getattr(node, "_taid_kind", type(node))
+    notes = NAMES.setdefault(kind, Notes())
+
+    def key() -> Any:
+        names = tuple(filter(partial(has, node), (*notes.numbers, *notes.modules)))
+        tensors = Neuron(node, run, notes.tensors).tensors
+        per_channel = any(t.numel() != 1 for t in tensors.values())
+        sizes = len(shape), shape[1:2] if per_channel else ()
+        shapes = tuple((name, tuple(t.shape)) for name, t in tensors.items())
+        return kind, names, values_of(node, names), sizes, shapes, engine
+
+    found = _READINGS.get(key())
+    if found is None:
+        found = _read_and_check(node, run, shape, notes, engine, device)
+        if len(_READINGS) > _MOST_READINGS:
+            _READINGS.pop(next(iter(_READINGS)))
+        _READINGS[key()] = found
+    return found
+
+
+def _read_and_check(
+    node: Any, run: Any, shape: tuple[int, ...], notes: Notes, engine: Any, device: Any
+) -> Reading | str:
+    """A reading, after what it reads is noted; of other tensors of the node nothing is known."""
+    try:
+        neuron = Neuron(node, run)
+        found = neuron.read(shape, notes)
+        if any(name not in notes.tensors for name in neuron.tensors):
+            neuron = Neuron(node, run, notes.tensors)
+            found = neuron.read(shape, notes)
+        if reason := verify(neuron, found, shape, engine, device):
+            kind = getattr(node, "_taid_kind", type(node))
+            warnings.warn(f"{kind.__name__}: {reason}", RuntimeWarning, stacklevel=2)
+            return reason
+    except NotRead as error:
+        return f"its step {error}"
+    return found
+
+
+_MOST_READINGS = 4096
+
+
+def values_of(node: Any, names: tuple[str, ...]) -> tuple[Any, ...]:
+    """The values of attributes, and of modules their classes and whether they have hooks."""
+    values = []
+    for name in names:
+        value = attrgetter(name)(node)
+        if isinstance(value, nn.Module):
+            hooked = any(getattr(value, hooks, None) for hooks in HOOKS)
+            values.append((type(value), hooked))
+        else:
+            values.append(plain_value(value))
+    return tuple(values)
+
+
+def has(node: Any, name: str) -> bool:
+    try:
+        attrgetter(name)(node)
+    except AttributeError:
+        return False
+    return True
+
+
+def plain_value(value: Any) -> Any:
+    """An attribute as a plain number; of a tensor, which is read at each call, its class."""
+    if isinstance(value, Tensor):
+        return type(value)
+    if isinstance(value, np.ndarray):
+        value = value.item()
+    return value if isinstance(value, type | tuple) else (type(value), value)
