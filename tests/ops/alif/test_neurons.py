@@ -1,0 +1,178 @@
+"""The kernels' text for neurons of any class, built for the host, against their steps in float64."""
+
+import itertools
+
+import pytest
+import torch
+from spikingjelly.activation_based import neuron
+from torch.nn import functional as F
+
+from sj_taid import ALIFNode
+from sj_taid._internal import compat
+from sj_taid.ops.alif.autograd import apply_fused
+from sj_taid.ops.alif.plan import spec_of
+from sj_taid.ops.step.record import Neuron, Notes
+from tests.helpers import HALF
+from tests.nets import own_neurons
+from tests.ops.alif.conformance import pairwise
+from tests.ops.alif.host import needs_gxx
+
+pytestmark = needs_gxx
+
+MAKERS = {kind.__name__: kind for kind in own_neurons.OWN}
+MAKERS |= {
+    "ALIF": ALIFNode,
+    "ALIF per channel": lambda: ALIFNode(channels=4, v_reset=None),
+    "LIF soft": lambda: neuron.LIFNode(v_reset=None, decay_input=False),
+    "LIF to -0.5, detached": lambda: neuron.LIFNode(tau=1.7, v_reset=-0.5, detach_reset=True),
+}
+MAKERS |= {
+    name: getattr(neuron, name)
+    for name in (
+        *("IFNode", "LIFNode", "ILIFNode", "KLIFNode", "QIFNode", "EIFNode", "CUBALIFNode"),
+        *("ComplementaryLIFNode", "TernaryLIFNode", "IzhikevichNode"),
+    )
+    if hasattr(neuron, name)
+}
+OPTIONS = {
+    "T": (1, 4, 7, 8, 9, 16, 17, 33),
+    "dtype": (torch.float32, *HALF),
+    "norm": (None, "batch", "fixed"),
+    "shape": ((2, 4, 4, 4), (3, 4), (3, 4, 5)),
+    "starts": ("numbers", "tensors"),
+    "through": ("all", "output"),
+    "frozen": (False, True),
+}
+ROWS = [*pairwise(OPTIONS)]
+
+
+def neuron_of(name):
+    node = MAKERS[name]()
+    run = node._taid_step if isinstance(node, ALIFNode) else compat.step_of(type(node))
+    return Neuron(node, run)
+
+
+def draw(who, row, seed):
+    """The input, states and tensors of a call, a norm's, and gradients of what it gives."""
+    g = torch.Generator().manual_seed(seed)
+    shape = row["T"], *row["shape"]
+    x = torch.randn(shape, generator=g).add_(0.2).to(row["dtype"])
+    states = [0.3 * torch.randn(shape[1:], generator=g) for _ in who.states]
+    norm = [torch.randn(4, generator=g).mul_(0.2).add_(1 - i) for i in range(2)] * bool(row["norm"])
+    upstream = [torch.randn(shape, generator=g).to(x.dtype)]
+    upstream += [torch.randn(shape[1:], generator=g) for _ in who.states]
+    tensors = [t.detach().clone() for t in who.tensors.values()]
+    return x, states, tensors, norm, upstream
+
+
+def statistics(x, row):
+    """A norm's mean and rstd."""
+    if row["norm"] == "fixed":
+        return torch.linspace(-0.2, 0.3, 4).to(x), torch.linspace(0.8, 1.2, 4).to(x)
+    axes = [axis for axis in range(x.dim()) if axis != 2]
+    return x.mean(axes), (x.var(axes, correction=0) + 1e-5).rsqrt()
+
+
+def normalized(x, norm, row):
+    x = x.flatten(0, 1)
+    if row["norm"] == "batch":
+        y = F.batch_norm(x, None, None, *norm, training=True)
+    else:
+        mean, rstd = statistics(x.unsqueeze(0), row)
+        y = F.batch_norm(x, mean, rstd.pow(-2) - 1e-5, *norm)
+    return y.unflatten(0, (row["T"], -1))
+
+
+def results(run, row, given, dtype):
+    """Outputs, states and gradients by name, of leaves of this dtype."""
+    x, states, tensors, norm, upstream = given
+    learn = row["starts"] == "tensors"
+    leaves = {"x": x.to(dtype or x.dtype)}
+    leaves |= {f"state {k}": s.to(dtype or s.dtype) for k, s in enumerate(states) if learn}
+    leaves |= {f"parameter {k}": t.to(dtype or t.dtype) for k, t in enumerate(tensors)}
+    leaves |= {f"norm {k}": t.to(dtype or t.dtype) for k, t in enumerate(norm)}
+    for name, leaf in leaves.items():
+        leaf = leaves[name] = leaf.detach().clone()
+        leaf.requires_grad_(not (row["frozen"] and name[0] == "p"))
+    ends = run(leaves, len(states), len(tensors), norm)
+    used = ends if row["through"] == "all" else ends[:1]
+    pairs = [(e, g.to(e)) for e, g in zip(used, upstream, strict=False) if e.requires_grad]
+    wanted = [leaf for leaf in leaves.values() if leaf.requires_grad]
+    roots, cotangents = zip(*pairs, strict=True)
+    grads = torch.autograd.grad(roots, wanted, cotangents, allow_unused=True)
+    names = [name for name, leaf in leaves.items() if leaf.requires_grad]
+    found = {f"end {k}": e.detach() for k, e in enumerate(ends)}
+    return found | {f"grad of {n}": g for n, g in zip(names, grads, strict=True)}
+
+
+def by_torch(who, row):
+    def run(leaves, states, parameters, norm):
+        x = leaves["x"]
+        x = x if x.dtype == torch.float64 else x.float()
+        if norm:
+            x = normalized(x, [leaves["norm 0"], leaves["norm 1"]], row)
+        given = [leaves.get(f"state {k}", who.starts(x)[k]) for k in range(states)]
+        given = [s.to(x) if isinstance(s, torch.Tensor) else s for s in given]
+        return who.run_sequence(x, given, [leaves[f"parameter {k}"] for k in range(parameters)])
+
+    return run
+
+
+def by_kernels(launcher, who, reading, row):
+    def run(leaves, states, parameters, norm):
+        x = leaves["x"]
+        of_norm = [None] * 4
+        if norm:
+            mean_rstd = statistics(x.detach().float(), row)
+            of_norm = [*mean_rstd, leaves["norm 0"], leaves["norm 1"]]
+        starts = who.starts(x.float())  # as numbers of half precision they would be others
+        given = [leaves.get(f"state {k}") for k in range(states)]
+        for k, start in enumerate(starts):
+            if given[k] is None and isinstance(start, torch.Tensor):
+                given[k] = start.detach().float()
+        v_init = tuple(0.0 if isinstance(s, torch.Tensor) else float(s) for s in starts)
+        spec = spec_of(x, reading, bool(norm), row["norm"] == "fixed", saves=True)
+        tensors = [leaves[f"parameter {k}"] for k in range(parameters)]
+        plan = launcher.cuda.ENGINE.plan(spec)
+        return apply_fused(plan, v_init, "", x, *given, *tensors, *of_norm)[: 1 + states]
+
+    return run
+
+
+@pytest.mark.parametrize("turn", range(4))
+@pytest.mark.parametrize("name", MAKERS)
+def test_the_kernels_compute_what_a_step_computes(launcher, name, turn):
+    who = neuron_of(name)
+    for row in ROWS[turn + 4 * (list(MAKERS).index(name) % 3) :: 12]:
+        if any(t.dim() > 1 for t in who.tensors.values()):  # shaped for images
+            row |= {"shape": OPTIONS["shape"][0]}
+        check(launcher, who, row)
+
+
+def check(launcher, who, row):
+    reading = who.read(row["shape"], Notes())
+    for seed in itertools.count():
+        given = draw(who, row, seed)
+        exact = results(by_torch(who, row), row, given, torch.float64)
+        plain = results(by_torch(who, row), row, given, None)
+        if all(
+            t is None or (t.isfinite().all() and t.abs().max() < 1e4) for t in exact.values()
+        ) and torch.equal(exact["end 0"].to(plain["end 0"]).round(), plain["end 0"].round()):
+            break
+    got = results(by_kernels(launcher, who, reading, row), row, given, None)
+    assert got.keys() == exact.keys()
+    for key, want in exact.items():
+        have = got[key]
+        if want is None or have is None:
+            assert not (0 if have is None else have).any() if have is not None else not want.any()
+            continue
+        if key.startswith("end") and reading.exact and not row["norm"]:
+            assert torch.equal(have, plain[key].to(have)), (key, row)
+            continue
+        # Half precision rounds outputs and gradients of x; sums and steps add their terms' errors.
+        unit = torch.finfo(have.dtype).eps
+        scale = max(1.0, float(want.abs().max()))
+        bound = (unit + 2e-5 * row["T"]) * scale
+        if key[:12] in ("grad of para", "grad of norm"):
+            bound = 3e-5 * row["T"] * max(scale, float(given[0].numel()) ** 0.5)
+        assert float((have.double() - want).abs().max()) <= bound, (key, row, bound)
