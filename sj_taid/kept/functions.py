@@ -16,11 +16,11 @@ from .._internal import graph
 from .kept import (
     Kept,
     Memory,
+    attach,
     describe,
     expose,
     fills_memory,
     handles,
-    keep,
     kept_in,
     leave,
     run,
@@ -86,7 +86,7 @@ def _view(func: Any, args: Any, kwargs: Any) -> Any:
     place = None if source is None else _find_place(func, args, kwargs, result)
     if place is not None:
         if type(result) is not Kept:
-            keep(result, Memory(result), None)
+            attach(result, Memory(result), None)
         result._source, result._place = source, place
     elif source is not None and all(getattr(part, "_source", None) is None for part in parts):
         source.note(func)
@@ -105,12 +105,12 @@ def _describe_part(result: Tensor, whole: Kept, keeps_order: bool) -> None:
     if is_view or graph.shares_memory(result, whole):
         memory.is_known &= is_same  # else other numbers in the same memory
         if is_same:
-            keep(result, memory, recipe, source, version=whole._known_version)
+            attach(result, memory, recipe, source, version=whole._known_version)
     elif recipe and whole.covers(whole):
         # Equal strides alone do not say that values are in the same order.
         is_equal = keeps_order and is_same and result.stride() == whole.stride()
         if is_equal and fills_memory(whole):
-            keep(result, Memory(result), recipe)
+            attach(result, Memory(result), recipe)
         else:
             describe(result, (), counts_of(result, recipe.peak))
 

@@ -78,7 +78,7 @@ class Kept(Tensor):
         return _handle(func, types, args, kwargs or {})
 
 
-def keep(
+def attach(
     tensor: Any,
     memory: Memory,
     recipe: Recipe | None,
@@ -184,7 +184,7 @@ def describe(result: Tensor, kept: Iterable[Any], recipe: Recipe | None) -> None
     # Eight bits do not hold every count.
     is_exact = result.is_floating_point() and result.itemsize > 1
     if recipe is not None and is_exact and fills_memory(result):
-        keep(result, result._memory if type(result) is Kept else Memory(result), recipe)
+        attach(result, result._memory if type(result) is Kept else Memory(result), recipe)
 
 
 def fills_memory(tensor: Tensor) -> bool:

@@ -19,7 +19,7 @@ from ..ops import backends, bits
 from ..ops.alif.plan import Plans, Spec, arranged
 from ..ops.bits import is_dense
 from ..ops.step.read import Reading
-from .kept import Kept, Memory, keep
+from .kept import Kept, Memory, attach
 from .saving import Recipe, unchanged
 
 
@@ -64,7 +64,9 @@ class Place:
             if isinstance(part, Tensor):  # whose shape may change
                 return None
         found = self._views.get(key, self)
-        return found if found is not self else self._views.keep(key, self._view(func, args, kwargs))
+        return (
+            found if found is not self else self._views.store(key, self._view(func, args, kwargs))
+        )
 
     def _view(self, func: Any, args: Any, kwargs: Any) -> Place | None:
         try:
@@ -236,7 +238,7 @@ def normalize(norm: Any, x: Tensor, place: Place, folds: bool) -> Tensor:
         mean, spread = (t.detach().clone() for t in running)
     y = y.view(x.shape) if folds else y
     source = Source(x, weight, bias, mean, spread, fixed, eps)
-    return keep(y, Memory(y), Normalized(source, folds), source, place)
+    return attach(y, Memory(y), Normalized(source, folds), source, place)
 
 
 def place_of(norm: Any, x: Tensor, folds: bool) -> Place | None:

@@ -100,7 +100,7 @@ class AcceleratedNorm(Exchanged):
                     key, plans = (x.shape, x.stride(), x.dtype, x.device, folds), Plans.of(self)
                     place = plans.get(key, key)
                     if place is key:
-                        place = plans.keep(key, place_of(self, x, folds))
+                        place = plans.store(key, place_of(self, x, folds))
                     if place is not None:
                         kept = (x,) if type(x) is Kept else ()
                         if kept and x._source is not None:
