@@ -30,15 +30,9 @@ class Place:
     of the output.
     """
 
-    def __init__(
-        self, at: Tensor, channels: int, inner: int, about: Any, copies: bool = False
-    ) -> None:
-        """``inner``: neighbours in memory of one channel; ``about``: dtype and device.
-
-        ``copies``: whether the norm copies its input first, to another memory order.
-        """
+    def __init__(self, at: Tensor, channels: int, inner: int, about: Any) -> None:
+        """``inner``: neighbours in memory of one channel; ``about``: dtype and device."""
         self.at, self.channels, self.inner, self.about = at, channels, inner, about
-        self.copies = copies
         self._views = Plans()
         (steps, *_), (time, *_) = at.shape, at.stride()
         neurons = at.numel() // steps
@@ -226,7 +220,7 @@ def normalize(norm: Any, x: Tensor, place: Place, folds: bool) -> Tensor:
             factor = 1.0 / float(norm.num_batches_tracked)
     fixed = not (training or (mean is None and var is None))
     running: Any = (mean, var) if not training or tracks else (None, None)
-    x = x.contiguous() if place.copies else x
+    x = x if x.stride() == place.at.stride() else x.contiguous()  # as the plain module's flatten
     flat = x.flatten(0, 1) if folds else x
     y, mean, spread, *_ = graph.batch_norm(
         *(flat, weight, bias, *running, not fixed, factor, eps, torch.backends.cudnn.enabled)
@@ -253,10 +247,9 @@ def place_of(norm: Any, x: Tensor, folds: bool) -> Place | None:
         return None
     if x.numel() <= channels or backends.engine_of(x.device.type) is bits:
         return None
-    copies = not graph.shares_memory(flat, x)  # as the plain module does
-    dense = flat.view(x.shape) if copies else x
+    dense = x if graph.shares_memory(flat, x) else flat.view(x.shape)  # a copy
     if not is_dense(dense):
         return None
     at = torch.empty_strided(x.shape, dense.stride(), device="meta")
     inner = dense.stride(axis) if channels > 1 else x.numel()
-    return Place(at, channels, inner, (x.dtype, x.device), copies)
+    return Place(at, channels, inner, (x.dtype, x.device))
