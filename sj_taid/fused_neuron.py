@@ -15,7 +15,7 @@ from . import functional
 from ._internal import compat, graph
 from .kept.kept import Kept, Memory, attach
 from .kept.norms import find_source, reader_of
-from .kept.saving import Counts, Recipe, run_saving
+from .kept.saving import PackedRecipe, Recipe, run_saving
 from .ops import backends
 from .ops.alif import compiled
 from .ops.alif.autograd import apply_fused
@@ -301,7 +301,7 @@ def _attach(spike_seq: Tensor, bits: Any, strides: Any, least: int, most: int) -
     if spike_seq.stride() != strides:  # the bits have the other memory order
         fired, spike_seq = spike_seq, arranged(spike_seq, strides)
         bits = bits if spike_seq is fired else None
-    recipe: Recipe | None = Counts(spike_seq, most - least, bits)
+    recipe: Recipe | None = PackedRecipe(spike_seq, most - least, bits)
     if least:
         recipe = None if bits is None else Recipe(partial(_shift, recipe.make, least), (bits,))  # type: ignore[union-attr]
     return attach(spike_seq, Memory(spike_seq), recipe)

@@ -26,7 +26,7 @@ from .kept import (
     run,
     run_plain,
 )
-from .saving import Counts, Recipe, counts_of, run_saving
+from .saving import PackedRecipe, Recipe, recipe_of_counts, run_saving
 
 
 def _named(names: str) -> list[Any]:
@@ -112,7 +112,7 @@ def _describe_part(result: Tensor, whole: Kept, keeps_order: bool) -> None:
         if is_equal and fills_memory(whole):
             attach(result, Memory(result), recipe)
         else:
-            describe(result, (), counts_of(result, recipe.peak))
+            describe(result, (), recipe_of_counts(result, recipe.peak))
 
 
 def _find_place(func: Any, args: Any, kwargs: Any, result: Any) -> Any:
@@ -217,7 +217,7 @@ def _multiply(in_place: Any, func: Any, args: Any, kwargs: Any) -> Any:
         return run(func, args, kwargs, peak)
     whole, other = args
     recipe: Any = whole.recipe() if type(whole) is Kept else None
-    if not (isinstance(recipe, Counts) and torch.is_grad_enabled() and fills_memory(whole)):
+    if not (isinstance(recipe, PackedRecipe) and torch.is_grad_enabled() and fills_memory(whole)):
         return run(func, args, kwargs)
     dtype, strides = whole.dtype, whole.stride()
     saved = recipe.saved_of(whole)  # before the multiplication, which may be in place

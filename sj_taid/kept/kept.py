@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from .._internal import graph
-from .saving import Recipe, counts_of, run_saving
+from .saving import Recipe, recipe_of_counts, run_saving
 
 
 class Memory:
@@ -155,7 +155,7 @@ def run(func: Any, args: Any, kwargs: Any, peak: int | None = None, recipe_of: A
     result = run_saving(kept, func, args, kwargs, recipe_of)
     for tensor in result if isinstance(result, list | tuple) else [result]:
         if isinstance(tensor, Tensor):
-            describe(tensor, kept, counts_of(tensor, peak))
+            describe(tensor, kept, recipe_of_counts(tensor, peak))
     return result
 
 

@@ -54,7 +54,7 @@ def _make_view(make: Callable[..., Tensor], view: Any, *saved: Tensor) -> Tensor
     return make(*saved).as_strided(*view)
 
 
-class Counts(Recipe):
+class PackedRecipe(Recipe):
     """Whole numbers up to 15: spikes, saved as bits, and counts, saved as four bits."""
 
     peak: int
@@ -78,9 +78,9 @@ def _unpack_counts(numel: int, dtype: torch.dtype, packed: Tensor) -> Tensor:
     return values
 
 
-def counts_of(tensor: Tensor, peak: int | None) -> Counts | None:
+def recipe_of_counts(tensor: Tensor, peak: int | None) -> PackedRecipe | None:
     """The recipe of whole numbers up to ``peak``, if four bits hold them."""
-    return None if peak is None or peak > bits.LARGEST_COUNT else Counts(tensor, peak)
+    return None if peak is None or peak > bits.LARGEST_COUNT else PackedRecipe(tensor, peak)
 
 
 def unchanged(tensor: Tensor, version: int) -> Tensor:

@@ -18,7 +18,7 @@ from ..monitoring import notes_on_thresholds, warn_of
 from ..neuron import ALIFNode
 from ..ops import backends
 from ..ops.alif.reference import state_dtype
-from ..ops.surrogate import counts
+from ..ops.surrogate import is_integer
 from ..state import name_neurons
 from .comparison import compare
 from .neurons import (
@@ -308,9 +308,9 @@ def _why_no_lif(node: Any) -> str | None:
         return "its tau is 1 to float32's precision; LIF needs more"
     if taus[0] == math.inf and node.decay_input:
         return "its tau is infinite, so that its input has no effect"
-    if counts(node.surrogate_function) and not compat.INTEGER_LIF:
+    if is_integer(node.surrogate_function) and not compat.INTEGER_LIF:
         return "it counts, and SpikingJelly 0.0.0.0.14 has no ILIFNode"
-    if counts(node.surrogate_function) and taus[0] == math.inf:
+    if is_integer(node.surrogate_function) and taus[0] == math.inf:
         return "it counts, and an ILIFNode has a finite tau"
     return None
 
@@ -348,7 +348,7 @@ def _to_lif(node: Any) -> neuron.BaseNode:
     tau, v_threshold = (t.max().item() for t in (node.tau, node.effective_v_threshold))
     options = {"v_threshold": v_threshold, **_shared_options(node)}
     scale = 1.0
-    if counts(node.surrogate_function):
+    if is_integer(node.surrogate_function):
         # It has no decay_input: with undivided input every voltage is tau times as large.
         scale = tau if node.decay_input else 1.0
         options["v_threshold"] *= scale

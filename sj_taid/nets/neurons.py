@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from .._internal import compat
 from ..fused_neuron import Accelerated
 from ..ops.bits import LARGEST_COUNT
-from ..ops.surrogate import counts, levels_of
+from ..ops.surrogate import is_integer, levels_of
 from .report import Row
 
 
@@ -119,7 +119,7 @@ def why_no_alif(node: Any) -> str | None:
         return "accelerated: sj_taid.unaccelerate(net) first, which gives the neuron back"
     if reason := compat.why_not_plain(node):
         return reason
-    if counts(node.surrogate_function) and not isinstance(node, compat.INTEGER_LIF):
+    if is_integer(node.surrogate_function) and not isinstance(node, compat.INTEGER_LIF):
         return "its surrogate counts by H - V_th; ALIF counts by H / V_th"
     if (levels := levels_of(node.surrogate_function)) > LARGEST_COUNT:
         return f"it counts to {levels}; ALIF counts to {LARGEST_COUNT}, which four bits hold"

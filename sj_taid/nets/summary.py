@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .._internal import compat, graph
 from .._internal.context import forked
-from ..counts import read_counts
+from ..counts import split_counts
 from .modules import AcceleratedNorm, why_no_norm
 from .neurons import find_neurons
 from .report import Row, table_of
@@ -186,7 +186,7 @@ def _find_counting(net: nn.Module, inputs: Any) -> dict[str, str]:
         tensors = [t for t in (*args[:1], y) if isinstance(t, Tensor) and t.numel()]
         is_outer = any(inner.startswith(f"{path}.") for inner in found)
         if len(tensors) == 2 and y.any() and not is_outer:
-            x_counts, y_counts = (read_counts(t.detach()).are_few for t in tensors)
+            x_counts, y_counts = (split_counts(t.detach()).are_few for t in tensors)
             if y_counts and not x_counts:
                 found[path] = type(module).__name__
 
