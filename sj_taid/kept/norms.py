@@ -92,16 +92,17 @@ def _hashable(value: Any) -> Any:
 class Source:
     """What a neuron takes instead of a norm's output: the norm's input, weight, bias and numbers.
 
-    ``spread`` is ``(var + eps)^(-1/2)``, of running statistics (``fixed``) the variance.
+    ``rstd`` is ``(var + eps)^(-1/2)``; ``running`` are the mean and the variance if these are the
+    norm's numbers (``fixed``), not the batch's.
     """
 
     is_watched = False
 
     def __init__(
-        self, x: Tensor, weight: Any, bias: Any, mean: Any, spread: Any, fixed: bool, eps: float
+        self, x: Tensor, weight: Any, bias: Any, mean: Any, rstd: Any, running: Any, eps: float
     ) -> None:
-        self.x, self.weight, self.bias, self.mean, self.spread = x, weight, bias, mean, spread
-        self.fixed, self.eps = fixed, eps
+        self.x, self.weight, self.bias, self.mean, self.rstd = x, weight, bias, mean, rstd
+        self.running, self.fixed, self.eps = running, running is not None, eps
         #: what has read the output, and whether it has taken this instead
         self.readers: dict[str, bool] = {}
         self._state, self._hooks = self._now(), graph.saving_hooks()
@@ -132,10 +133,9 @@ class Source:
 
     def tensors(self) -> tuple[Any, ...]:
         """Input, weight, bias, and float32 mean and ``(var + eps)^(-1/2)``."""
-        mean, rstd = self.mean, self.spread
+        mean, rstd = self.mean, self.rstd
         if mean.dtype != torch.float32:
             mean, rstd = mean.float(), rstd.float()
-        rstd = rstd.add(self.eps).rsqrt() if self.fixed else rstd
         return self.x, self.weight, self.bias, mean, rstd
 
     def why_apart(self) -> str:
@@ -194,7 +194,7 @@ class Normalized(Recipe):
             return None
         # Copies: an optimizer may change parameters before backward.
         numbers = [None if t is None else t.detach().clone() for t in (source.weight, source.bias)]
-        numbers += (source.mean, source.spread) if source.fixed else (None, None)
+        numbers += source.running or (None, None)
         flat = x.detach().flatten(0, 1) if self._folds else x.detach()
         view = tensor.shape, tensor.stride(), tensor.storage_offset()
         options = not source.fixed, 0.0, source.eps, torch.backends.cudnn.enabled
@@ -222,16 +222,17 @@ def normalize(norm: Any, x: Tensor, place: Place, folds: bool) -> Tensor:
     running: Any = (mean, var) if not training or tracks else (None, None)
     x = x if x.stride() == place.at.stride() else x.contiguous()  # as the plain module's flatten
     flat = x.flatten(0, 1) if folds else x
-    y, mean, spread, *_ = graph.batch_norm(
+    y, mean, rstd, *_ = graph.batch_norm(
         *(flat, weight, bias, *running, not fixed, factor, eps, torch.backends.cudnn.enabled)
     )
     if flat.dim() > 3 and 1 in flat.shape and not flat.is_cuda:
         # Torch reads a gradient in another memory order wrongly: an axis of size 1 hides the order.
         y.register_hook(partial(arranged, strides=flat.stride()))
     if fixed:  # copies: training moves them, unseen by their version
-        mean, spread = (t.detach().clone() for t in running)
+        mean, var = running = tuple(t.detach().clone() for t in running)
+        rstd = var.float().add(eps).rsqrt()
     y = y.view(x.shape) if folds else y
-    source = Source(x, weight, bias, mean, spread, fixed, eps)
+    source = Source(x, weight, bias, mean, rstd, running if fixed else None, eps)
     return attach(y, Memory(y), Normalized(source, folds), source, place)
 
 
