@@ -210,10 +210,10 @@ def _subtract(func: Any, args: Any, kwargs: Any) -> Any:
     return run(func, args, kwargs, 1 if is_complement else None)
 
 
-def _multiply(in_place: Any, func: Any, args: Any, kwargs: Any) -> Any:
+def _multiply(operation: Any, func: Any, args: Any, kwargs: Any) -> Any:
     """A product or a quotient, which may be counts times a constant."""
     if kwargs or len(args) != 2 or type(args[1]) not in (int, float):
-        peak = _peak_of_product(args, kwargs) if in_place is Tensor.mul_ else None
+        peak = _peak_of_product(args, kwargs) if operation is Tensor.mul_ else None
         return run(func, args, kwargs, peak)
     whole, other = args
     recipe: Any = whole.recipe() if type(whole) is Kept else None
@@ -221,15 +221,15 @@ def _multiply(in_place: Any, func: Any, args: Any, kwargs: Any) -> Any:
         return run(func, args, kwargs)
     dtype, strides = whole.dtype, whole.stride()
     saved = recipe.saved_of(whole)  # before the multiplication, which may be in place
-    scaled = Recipe(partial(_scale, recipe.make, in_place, other), saved)
+    scaled = Recipe(partial(_scale, recipe.make, operation, other), saved)
     result = run_saving([whole], func, args, kwargs)
     same = result.dtype == dtype and result.stride() == strides
     describe(result, [whole], scaled if same else None)
     return result
 
 
-def _scale(make: Callable[..., Tensor], in_place: Any, number: float, *saved: Tensor) -> Tensor:
-    return in_place(make(*saved), number)
+def _scale(make: Callable[..., Tensor], operation: Any, number: float, *saved: Tensor) -> Tensor:
+    return operation(make(*saved), number)
 
 
 handles(*_named("mul multiply __mul__ __rmul__ mul_ __imul__"))(partial(_multiply, Tensor.mul_))
