@@ -191,11 +191,6 @@ def peak_of(tensor: Any) -> int | None:
     return recipe.peak if recipe else None
 
 
-def _peak_of_product(args: Any, kwargs: Any) -> int | None:
-    peaks: Any = [peak_of(factor) for factor in args]
-    return None if kwargs or len(peaks) != 2 or None in peaks else math.prod(peaks)
-
-
 @handles(*_named("cat concat stack"))
 def _join(func: Any, args: Any, kwargs: Any) -> Any:
     is_plain = args and kwargs.keys() <= {"dim"}
@@ -213,8 +208,8 @@ def _subtract(func: Any, args: Any, kwargs: Any) -> Any:
 def _multiply(operation: Any, func: Any, args: Any, kwargs: Any) -> Any:
     """A product or a quotient, which may be counts times a constant."""
     if kwargs or len(args) != 2 or type(args[1]) not in (int, float):
-        peak = _peak_of_product(args, kwargs) if operation is Tensor.mul_ else None
-        return run(func, args, kwargs, peak)
+        peaks: Any = [None] if kwargs or operation is not Tensor.mul_ else [*map(peak_of, args)]
+        return run(func, args, kwargs, None if None in peaks else math.prod(peaks))
     whole, other = args
     recipe: Any = whole.recipe() if type(whole) is Kept else None
     if not (isinstance(recipe, PackedRecipe) and torch.is_grad_enabled() and fills_memory(whole)):
@@ -269,13 +264,13 @@ for kind in ("max", "avg", "adaptive_max", "adaptive_avg"):
 
 
 @handles(
-    *_named("addmm baddbmm conv1d conv2d conv3d"),
+    *_named("matmul __matmul__ bmm mm addmm baddbmm conv1d conv2d conv3d"),
     *_named("conv_transpose1d conv_transpose2d conv_transpose3d"),
 )
-def _contract(func: Any, args: Any, kwargs: Any, peak: int | None = None) -> Any:
+def _contract(func: Any, args: Any, kwargs: Any) -> Any:
     if graph.is_autocast_enabled() and sum(isinstance(t, Tensor) for t in args) > 1:
         args = tuple(_lowered(t) if type(t) is Kept else t for t in args)
-    return run(func, args, kwargs, peak)
+    return run(func, args, kwargs)
 
 
 def _lowered(tensor: Any) -> Any:
@@ -284,12 +279,6 @@ def _lowered(tensor: Any) -> Any:
     if tensor.dtype != torch.float32 or tensor.is_meta or not torch.is_autocast_enabled(device):
         return tensor
     return _view(Tensor.to, (tensor, torch.get_autocast_dtype(device)), {})
-
-
-@handles(*_named("matmul __matmul__ bmm mm"))
-def _matmul(func: Any, args: Any, kwargs: Any) -> Any:
-    peak = _peak_of_product(args, kwargs)
-    return _contract(func, args, kwargs, None if peak is None else peak * args[0].shape[-1])
 
 
 @handles(F.linear)
