@@ -58,9 +58,9 @@ class Place:
             if isinstance(part, Tensor):  # whose shape may change
                 return None
         found = self._views.get(key, self)
-        return (
-            found if found is not self else self._views.store(key, self._view(func, args, kwargs))
-        )
+        if found is self:
+            found = self._views.store(key, self._view(func, args, kwargs))
+        return found
 
     def _view(self, func: Any, args: Any, kwargs: Any) -> Place | None:
         try:
