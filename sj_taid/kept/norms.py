@@ -41,9 +41,9 @@ class Place:
         outermost &= channels == 1 or neurons % (channels * inner) == 0
         axis = at.shape[2:3], at.stride()[2:3]
         #: why no neuron takes the input instead: any, and one with parameters per channel
-        self.why_apart = "" if outermost else "time is not the outermost axis in memory"
+        self.why_not_fused = "" if outermost else "time is not the outermost axis in memory"
         matches = axis == ((channels,), (inner,))
-        self.why_channels_apart = self.why_apart or (
+        self.why_not_fused_by_channel = self.why_not_fused or (
             "" if matches else "its channels are not those of the norm"
         )
 
@@ -138,7 +138,7 @@ class Source:
             mean, rstd = mean.float(), rstd.float()
         return self.x, self.weight, self.bias, mean, rstd
 
-    def why_apart(self) -> str:
+    def why_not_fused(self) -> str:
         """Why a neuron reads the output's values instead, or ""."""
         if self.is_watched:
             return "a hook takes its gradient"
@@ -164,13 +164,13 @@ def find_source(y: Kept, node: Any, per_channel: bool) -> Source | None:
     source, place, memory = y._source, y._place, y._memory
     if not y.requires_grad:  # as after detach_()
         return None
-    reason = place.why_channels_apart if per_channel else place.why_apart
+    reason = place.why_not_fused_by_channel if per_channel else place.why_not_fused
     is_known = memory.is_known and y._version == y._known_version
     if not reason and not (is_known and (not y.is_cuda or y.covers(y))):
         reason = "its values may have changed"
     if node._backward_hooks and not node._is_full_backward_hook:
         reason = "a hook of the neuron reads its graph"
-    if reason := reason or source.why_apart():
+    if reason := reason or source.why_not_fused():
         source.readers[f"{reader_of(node)}: {reason}"] = False
         return None
     return source
@@ -190,7 +190,7 @@ class Normalized(Recipe):
     def of(self, tensor: Tensor) -> Recipe | None:
         source = self._source
         x = source.x
-        if type(x) is not Tensor or x.dtype != tensor.dtype or source.why_apart():
+        if type(x) is not Tensor or x.dtype != tensor.dtype or source.why_not_fused():
             return None
         # Copies: an optimizer may change parameters before backward.
         numbers = [None if t is None else t.detach().clone() for t in (source.weight, source.bias)]

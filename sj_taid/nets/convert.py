@@ -31,8 +31,8 @@ from .neurons import (
     find_neurons,
     nearest_w,
     need_neurons,
-    why_no_alif,
-    why_silent,
+    why_not_alif,
+    why_not_firing,
 )
 from .report import Row, table_of
 
@@ -212,7 +212,7 @@ def to_lif(net: nn.Module) -> nn.Module:
     copied = copy_net(net)
     restore(copied)
     sites = [site for site in find_neurons(copied) if isinstance(site.node, ALIFNode)]
-    if refused := [site.row("", reason) for site in sites if (reason := _why_no_lif(site.node))]:
+    if refused := [site.row("", reason) for site in sites if (reason := _why_not_lif(site.node))]:
         raise ValueError(
             f"LIFNode cannot express {len(refused)} of the neurons:\n{table_of(refused)}"
         )
@@ -261,7 +261,7 @@ def _take_over(old: nn.Module, new: nn.Module, known: Collection[str]) -> None:
 
 def _swapped(site: Site, filter: Any, options: dict[str, Any]) -> tuple[Any, str]:
     """The ALIF of a neuron, ``None`` to keep it, and a note."""
-    if reason := _why_keep(site, filter):
+    if reason := _why_not_swapped(site, filter):
         return None, reason
     try:
         alif = _to_alif(site, **options)
@@ -275,21 +275,21 @@ def _swapped(site: Site, filter: Any, options: dict[str, Any]) -> tuple[Any, str
     return alif, note
 
 
-def _why_keep(site: Site, filter: Callable[[str, nn.Module], bool] | None) -> str | None:
+def _why_not_swapped(site: Site, filter: Callable[[str, nn.Module], bool] | None) -> str | None:
     """Why a neuron is not swapped, or ``None``."""
     node = site.node
     if isinstance(node, ALIFNode):
         return f"already ALIF; its backend stays {node.backend}: node.backend = ... chooses one"
     if is_parametrized(node):
         return "it is parametrized"
-    if reason := why_no_alif(node) or why_silent(node):
+    if reason := why_not_alif(node) or why_not_firing(node):
         return reason
     if names := compat.added_names(node, *compat.PLAIN_NEURONS):
         return f"it has its own {', '.join(names)}, which ALIF lacks"
     return "declined by filter" if filter and not filter(site.path, node) else None
 
 
-def _why_no_lif(node: Any) -> str | None:
+def _why_not_lif(node: Any) -> str | None:
     """Why a LIF node cannot express an ALIF, or ``None``."""
     if type(node) is not ALIFNode:
         return "a subclass of ALIFNode, whose own behaviour LIF would lose"

@@ -74,7 +74,7 @@ _KNOWN_NORMS = {
 }
 
 
-def why_no_norm(module: nn.Module) -> str | None:
+def why_not_fused(module: nn.Module) -> str | None:
     """Why no neuron can take the input of a norm, or ``None``."""
     if isinstance(module, nn.SyncBatchNorm):
         return "its statistics are taken over all processes"

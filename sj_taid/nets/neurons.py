@@ -113,7 +113,7 @@ class _CopyComputed(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def why_no_alif(node: Any) -> str | None:
+def why_not_alif(node: Any) -> str | None:
     """Why no ALIF has the outputs of a neuron, or ``None``."""
     if isinstance(node, Accelerated):
         return "accelerated: sj_taid.unaccelerate(net) first, which gives the neuron back"
@@ -129,16 +129,16 @@ def why_no_alif(node: Any) -> str | None:
         return f"its w has the shape {[*w.shape]}; ALIF takes over a scalar"
     if compat.has_precision_policy(node):
         return "it has a precision policy of its own"
-    return why_no_w(getattr(node, "tau", 2.0))
+    return why_not_tau(getattr(node, "tau", 2.0))
 
 
-def why_silent(node: Any) -> str | None:
+def why_not_firing(node: Any) -> str | None:
     """Why a neuron never fires, such as one that is read out by its voltage, or ``None``."""
     threshold = torch.as_tensor(node.v_threshold, device="cpu")  # not the default device
     return "its threshold is infinite: it never fires" if threshold.eq(math.inf).all() else None
 
 
-def why_no_w(tau: float) -> str | None:
+def why_not_tau(tau: float) -> str | None:
     """Why no ``w`` gives a LIF's tau, or ``None``."""
     return None if tau > 1.0 else f"its tau is {tau}, and sigmoid(w) = 1/tau needs more than 1"
 

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from .._internal import compat, graph
 from .._internal.context import forked
 from ..counts import split_counts
-from .modules import AcceleratedNorm, why_no_norm
+from .modules import AcceleratedNorm, why_not_fused
 from .neurons import find_neurons
 from .report import Row, table_of
 
@@ -110,7 +110,7 @@ def _norm_row(path: str, norm: nn.Module, all_readers: dict[str, dict[str, bool]
     if not isinstance(norm, _BatchNorm):
         return Row(path, kind, "", "no batch norm: no mean and variance per channel of the batch")
     if not isinstance(norm, AcceleratedNorm):
-        return Row(path, kind, "", why_no_norm(norm) or "no neuron is on the fused operator")
+        return Row(path, kind, "", why_not_fused(norm) or "no neuron is on the fused operator")
     if all_readers is None:
         return Row(path, kind, "ready", "fused into a neuron that reads it; example= says where")
     readers = all_readers.get(path, {})
