@@ -50,7 +50,7 @@ class Report:
     remark: str = ""
 
     def __str__(self) -> str:
-        swapped = sum(row.done != "" for row in self.rows)
+        swapped = sum(row.state == "swapped" for row in self.rows)
         head = f"{swapped} swapped, {len(self.rows) - swapped} left alone"
         return "\n".join(filter(None, (head, table_of(self.rows), self.remark)))
 
@@ -141,7 +141,10 @@ def swap_neurons(
         for site, note in compare(net, own, as_inputs(example)).items():
             notes[site] += f", {note}"
     done = {site: type(new).__name__ for site, new in new_of.items()}
-    rows = tuple(site.row(done.get(site, ""), notes[site]) for site in sites)
+    rows = tuple(
+        site.row(done[site], notes[site], "swapped") if site in done else site.row("", notes[site])
+        for site in sites
+    )
     report = Report(rows, describe_single_steps(sites))
     compat.forget_reset_cache()
     for site, new in new_of.items():  # after the last error

@@ -34,7 +34,7 @@ from .neurons import (
     need_neurons,
 )
 from .report import Row
-from .summary import ALREADY, FUSED, Acceleration, measure, norms_of, report_of
+from .summary import Acceleration, measure, norms_of, report_of
 
 
 def accelerate(net: nn.Module, example: Any = None) -> Acceleration:
@@ -106,7 +106,9 @@ def _exchange_classes(net: nn.Module) -> dict[str, Row]:
     rows = {}
     for site in find_neurons(net):
         reason = _why_not_fused(site)
-        rows[site.path] = site.row("" if reason else FUSED, reason or _describe_equality(site))
+        done, note = "" if reason else "fused operator", reason or _describe_equality(site)
+        is_fused = not reason or isinstance(site.node, Accelerated)
+        rows[site.path] = site.row(done, note, "fused" if is_fused else "left alone")
         if not reason:
             found = _read(site)
             accelerate_module(site.node)._taid_name = site.path
@@ -123,7 +125,7 @@ def _why_not_fused(site: Site) -> str | None:
     """Why a neuron is left as it is, or ``None``."""
     node: Any = site.node
     if isinstance(node, Accelerated):
-        return ALREADY
+        return "on the fused operator already"
     if is_parametrized(node):
         return "it is parametrized"
     if isinstance(node, ALIFNode) and node.backend == "torch":

@@ -16,7 +16,7 @@ from .._internal import compat
 from ..fused_neuron import Accelerated
 from ..ops.bits import LARGEST_COUNT
 from ..ops.surrogate import is_integer, levels_of
-from .report import Row
+from .report import Row, State
 
 
 class Site(NamedTuple):
@@ -31,9 +31,9 @@ class Site(NamedTuple):
     def path(self) -> str:
         return self.paths[0]
 
-    def row(self, done: str, note: str) -> Row:
+    def row(self, done: str, note: str, state: State = "left alone") -> Row:
         """The neuron's row in a report."""
-        return Row(" = ".join(self.paths) or "net", type(self.node).__name__, done, note)
+        return Row(" = ".join(self.paths) or "net", type(self.node).__name__, done, note, state)
 
 
 def need_neurons(net: nn.Module, change: str, kinds: Collection[type] = ()) -> list[Site]:
