@@ -36,7 +36,7 @@ class Memory:
 
 
 class Kept(Tensor):
-    """A tensor that says how it is saved, and of a norm's output from what a neuron computes it."""
+    """A tensor that says how its values are made again; a norm's output also of what."""
 
     _memory: Memory
     #: how the values of the whole memory are made again, at this version of the memory

@@ -23,9 +23,9 @@ from ..ops.step.record import is_state
 
 
 class Exchanged(Accelerated):
-    """An accelerated module: ``_taid_mixin`` is what its class adds to its own."""
+    """An accelerated module, of a class that :func:`accelerated_class` makes."""
 
-    _taid_mixin: type
+    _taid_mixin: type  #: the class of this file that comes first among its bases
 
     def __init_subclass__(cls) -> None:
         """Leave out the hook of the net's class, which may keep a list of subclasses."""
