@@ -178,6 +178,12 @@ def base_name(path: str) -> str:
     return expand_home(path).absolute().name
 
 
+def help_of(command: str) -> str:
+    """The keys of a command as its config has and explains them, for Hydra's template."""
+    keys = Path(CONF, f"{command}.yaml").read_text("utf-8").partition("\nhydra:")[0]
+    return keys.partition("\n\n")[2].replace("$", "$$")
+
+
 def as_float(number: Any) -> Any:
     """A number as a float, which SpikingJelly's neurons insist on; all else as it is."""
     return float(number) if is_number(number) else number
@@ -254,5 +260,5 @@ def flatten(node: Any, key: str = "") -> dict[str, Any]:
 
 # Hydra names a job's folder in the process that runs the job, which has imported little more than
 # this module.
-for resolver in (as_float, base_name, folder_name, run_folder):
+for resolver in (as_float, base_name, folder_name, help_of, run_folder):
     OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
