@@ -317,7 +317,9 @@ def neurons_read() -> str | None:
 
 def read_neuron(kind: Any) -> tuple[str, str]:
     """How equal a class's outputs are on a CPU, and how they are saved; or why it is not read."""
-    reason = compat.why_no_step(kind) if issubclass(kind, compat.NEURONS) else "it is no `BaseNode`"
+    reason = (
+        compat.why_not_stepwise(kind) if issubclass(kind, compat.NEURONS) else "it is no `BaseNode`"
+    )
     if reason is None:
         node = kind(**NEEDED.get(kind.__name__, {}))
         try:

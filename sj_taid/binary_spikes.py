@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from ._internal import compat
 from ._internal.graph import storage_of
-from .counts import Counts, read_counts
+from .counts import Counts, split_counts
 from .nets.neurons import check_net
 from .nets.report import table
 from .nets.summary import norms_of
@@ -215,13 +215,13 @@ class _Slices(TorchDispatchMode):
     def weights_in(self, factors: list[Tensor]) -> bool:
         """Whether among factors are real weights, not one for all."""
         fixed = [t for t in factors if self.kind_of(t) < _ACTIVATION and t.numel() > 1]
-        return not all(read_counts(weight).are_few for weight in fixed)
+        return not all(split_counts(weight).are_few for weight in fixed)
 
     def look_at(self, func: Any, args: Any) -> None:
         """Report an operation that is no product if it is no sum, or not known."""
         name = _name(func)
         if _NO_SUM.search(name) and self.rows:
-            levels = read_counts(args[0]).levels
+            levels = split_counts(args[0]).levels
             if levels > 1 or "softmax" in name:  # the largest of spikes is a spike
                 self.row(name, [levels])
         elif _UNKNOWN.search(name) or (self.is_listed() and self.multiplies(func, args)):
@@ -236,7 +236,7 @@ class _Slices(TorchDispatchMode):
         if read and self.weights_in(factors):  # each value by many of them, as an outer product
             size = torch.broadcast_shapes(*(t.shape for t in factors)).numel()
             return size > max(t.numel() for t in read)
-        real = [t for t in read if t.is_floating_point() and not read_counts(t).are_few]
+        real = [t for t in read if t.is_floating_point() and not split_counts(t).are_few]
         least = 2 if _name(func).startswith(("mul", "div", "add")) else 1
         return bool(self.rows) and len(real) >= least
 
@@ -258,7 +258,7 @@ class _Slices(TorchDispatchMode):
             return func(*args, **kwargs)
         # A constant times weights may be the net's input.
         read = [kind >= _ACTIVATION or max(kinds) <= _WEIGHT != kind for kind in kinds]
-        x, y = (read_counts(t) if r else Counts(t) for t, r in zip((a, b), read, strict=True))
+        x, y = (split_counts(t) if r else Counts(t) for t, r in zip((a, b), read, strict=True))
         levels = [c.levels for c, r in zip((x, y), read, strict=True) if r]
         row = self.row(name, levels)
         counts = [c for c in (x, y) if c.are_few]

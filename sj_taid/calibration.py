@@ -17,7 +17,7 @@ from ._internal import compat
 from ._internal.checks import check, check_numbers, is_number
 from ._internal.context import forked
 from .monitoring import LayerState, monitor, spikes_of
-from .nets.neurons import check_net, find_neurons, need_neurons, why_silent
+from .nets.neurons import check_net, find_neurons, need_neurons, why_not_firing
 from .nets.report import table
 from .ops.surrogate import levels_of
 from .state import fresh_state, reset
@@ -157,7 +157,7 @@ def calibrate(net: nn.Module, x_seq: Any, *, rate: float = 0.2) -> CalibrationRe
             before = watch.layers()
             watch.clear()
             uses = Counter(id(node.v_threshold) for node in paths)
-            notes |= {n: _why_not(n, calls[n], uses[id(n.v_threshold)]) or "" for n in paths}
+            notes |= {n: _why_not_own(n, calls[n], uses[id(n.v_threshold)]) or "" for n in paths}
             _run(net, x_seq, [node for node in paths if not notes[node]], calibrate_next)
         finally:
             for buffer, value in buffers:
@@ -181,7 +181,7 @@ def _run(net: Any, x_seq: Any, nodes: Iterable[nn.Module], hook: Callable[..., A
         net(x_seq)
 
 
-def _why_not(node: Any, calls: int, uses: int) -> str | None:
+def _why_not_own(node: Any, calls: int, uses: int) -> str | None:
     """Why the threshold of ``node`` stays, or ``None``."""
     if node.step_mode == "s":
         return "it is in step mode 's'; calibrate sees whole sequences alone"
@@ -195,7 +195,7 @@ def _why_not(node: Any, calls: int, uses: int) -> str | None:
         return "it gives no spikes: its surrogate has spiking=False"
     if is_parametrized(node, "v_threshold"):
         return "its threshold is parametrized"
-    return why_silent(node)
+    return why_not_firing(node)
 
 
 def _search(node: Any, fire: Callable[[], Tensor], rate: float) -> str:

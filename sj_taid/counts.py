@@ -32,14 +32,14 @@ class Counts(NamedTuple):
         return [(self.values >= k).to(self.values.dtype) for k in range(1, int(self.levels) + 1)]
 
 
-def read_counts(x: Tensor) -> Counts:
+def split_counts(x: Tensor) -> Counts:
     """The counts in ``x``, if all its values are whole numbers from 0 to 15, or such times one.
 
     A single number that is not whole, and what in 16 bits may as well be chance, is real.
 
-    >>> read_counts(torch.tensor([0.0, 0.75, 0.25]))
+    >>> split_counts(torch.tensor([0.0, 0.75, 0.25]))
     Counts(values=tensor([0., 3., 1.]), levels=3, factor=0.25)
-    >>> read_counts(torch.tensor([3.14, 1.0])).levels
+    >>> split_counts(torch.tensor([3.14, 1.0])).levels
     inf
     """
     if not x.is_floating_point() or not x.numel():

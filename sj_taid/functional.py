@@ -13,7 +13,7 @@ from .ops import backends
 from .ops.alif.reference import state_dtype
 from .ops.bits import LARGEST_COUNT
 from .ops.step.read import NotRead
-from .ops.surrogate import counts, levels_of
+from .ops.surrogate import is_integer, levels_of
 
 __all__ = ["alif_multi_step", "lower_bound"]
 
@@ -163,7 +163,7 @@ def _check_device(name: str, tensor: Tensor, x_seq: Tensor) -> None:
 
 def check_counts(surrogate_function: Any, v_reset: Any, has_state: bool = True) -> None:
     """Raise an error unless the options fit spikes, or counts."""
-    if not counts(surrogate_function):
+    if not is_integer(surrogate_function):
         if not has_state:
             raise ValueError(
                 "a neuron without state (init_tau=None, w=None) gives counts alone: take levels=4, "

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from . import functional
 from ._internal import compat, graph
-from .kept.kept import Kept, Memory, keep
+from .kept.kept import Kept, Memory, attach
 from .kept.norms import find_source, reader_of
-from .kept.saving import Counts, Recipe, run_saving
+from .kept.saving import PackedRecipe, Recipe, run_saving
 from .ops import backends
 from .ops.alif import compiled
 from .ops.alif.autograd import apply_fused
@@ -121,7 +121,7 @@ class FusedNeuron:
             else:
                 *outputs, _, bits = plan.forward(v_init, *tensors, *[None] * 4)
             if keeps and least is not None:
-                outputs[0] = _keep(outputs[0], bits, strides, least, most)
+                outputs[0] = _attach(outputs[0], bits, strides, least, most)
             return tuple(outputs)
 
     def _taid_definition(
@@ -225,7 +225,7 @@ def _find_call(
         call = _plan_call(node, x_seq, states, tensors, (*flags, saves), source)
         if _look(node, plans).key != view.key:
             return None
-        plans.keep(known, call)
+        plans.store(known, call)
     return call
 
 
@@ -296,15 +296,15 @@ def _warn_once(node: Any, reason: str) -> None:
         )
 
 
-def _keep(spike_seq: Tensor, bits: Any, strides: Any, least: int, most: int) -> Tensor:
+def _attach(spike_seq: Tensor, bits: Any, strides: Any, least: int, most: int) -> Tensor:
     """Attach their bits to spikes, in the memory order of the plain neuron's spikes."""
     if spike_seq.stride() != strides:  # the bits have the other memory order
         fired, spike_seq = spike_seq, arranged(spike_seq, strides)
         bits = bits if spike_seq is fired else None
-    recipe: Recipe | None = Counts(spike_seq, most - least, bits)
+    recipe: Recipe | None = PackedRecipe(spike_seq, most - least, bits)
     if least:
         recipe = None if bits is None else Recipe(partial(_shift, recipe.make, least), (bits,))  # type: ignore[union-attr]
-    return keep(spike_seq, Memory(spike_seq), recipe)
+    return attach(spike_seq, Memory(spike_seq), recipe)
 
 
 def _shift(make: Callable[..., Tensor], least: int, *saved: Tensor) -> Tensor:

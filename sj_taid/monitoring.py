@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ._internal import compat
 from .nets.neurons import need_neurons
 from .nets.report import table
-from .ops.surrogate import counts, levels_of
+from .ops.surrogate import is_integer, levels_of
 
 #: The firing rate below which a layer counts as dead: it passes nothing on, and may receive no
 #: gradient. A rule of thumb, as is the next.
@@ -172,7 +172,7 @@ class _Count:
 def spikes_of(node: Any, output: Tensor | Sequence[Tensor]) -> Tensor:
     """The number of spikes of each neuron in its output, which OTTT neurons give with a trace."""
     spikes = output if isinstance(output, Tensor) else output[0]
-    if not counts(node.surrogate_function):
+    if not is_integer(node.surrogate_function):
         return spikes.ne(0)
     return spikes * node.levels if getattr(node, "normalize", False) else spikes
 

@@ -25,7 +25,7 @@ from .kept.kept import Kept, leave
 from .ops import backends
 from .ops.alif import reference
 from .ops.alif.reference import state_dtype
-from .ops.surrogate import MultiLevelSpikeCount, counts, levels_of
+from .ops.surrogate import MultiLevelSpikeCount, is_integer, levels_of
 
 __all__ = ["ALIFNode"]
 
@@ -321,7 +321,7 @@ class ALIFNode(FusedNeuron, compat.BaseNode):
     def extra_repr(self) -> str:
         with torch.no_grad():
             tau, threshold = map(_range, (self.tau, self.effective_v_threshold))
-        levels = f"levels={self.levels}, " if counts(self.surrogate_function) else ""
+        levels = f"levels={self.levels}, " if is_integer(self.surrogate_function) else ""
         levels += "normalize=True, " if self.normalize else ""
         return (
             f"tau={tau}, v_threshold={threshold}, v_reset={self.v_reset}, {levels}"
@@ -366,7 +366,7 @@ class ALIFNode(FusedNeuron, compat.BaseNode):
 def _counting(levels: int, surrogate_function: Any) -> Any:
     """The surrogate of a neuron of ``levels``."""
     check_sizes(levels=levels)
-    if levels == 1 or (counts(surrogate_function) and levels_of(surrogate_function) == levels):
+    if levels == 1 or (is_integer(surrogate_function) and levels_of(surrogate_function) == levels):
         return surrogate_function
     if surrogate_function is not _SIGMOID:
         raise ValueError(
@@ -378,7 +378,7 @@ def _counting(levels: int, surrogate_function: Any) -> Any:
 
 def _check_threshold(v_threshold: float, least: Any, surrogate_function: Any) -> None:
     """Refuse a threshold below its bound, or one that counts cannot be divided by."""
-    if counts(surrogate_function) and not v_threshold > 0.0:
+    if is_integer(surrogate_function) and not v_threshold > 0.0:
         raise ValueError(
             "a neuron that counts divides by its threshold: v_threshold must be more than 0, "
             f"but it is {v_threshold}"

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sj_taid import ALIFNode, accelerate, binary, fresh_state
-from sj_taid.counts import read_counts
+from sj_taid.counts import split_counts
 
 from . import zoo
 
@@ -153,7 +153,7 @@ def test_reads(name):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_few_real_numbers_are_no_counts(dtype):
     torch.manual_seed(0)
-    taken = [read_counts((torch.rand(1, 5) + 0.1).to(dtype)).are_few for _ in range(300)]
+    taken = [split_counts((torch.rand(1, 5) + 0.1).to(dtype)).are_few for _ in range(300)]
     assert not any(taken)
 
 

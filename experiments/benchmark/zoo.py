@@ -89,7 +89,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         .removesuffix("_with_indices")
         .rstrip("_")
         for row in norms
-        if not row.done
+        if row.state != "fused"
     )
     return {
         "net": name,
@@ -98,7 +98,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "shape": list(shape),
         "neurons": len(report.rows) - len(norms),
         "norms": len(norms),
-        "fused": sum(row.done.startswith("fused into") for row in norms),
+        "fused": sum(row.state == "fused" for row in norms),
         "left": ", ".join(f"{count} {reader}" for reader, count in readers.most_common()),
         "before_mb": before / 1e6,
         "after_mb": after / 1e6,

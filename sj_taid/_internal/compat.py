@@ -79,7 +79,7 @@ _SEQUENCES = (base.MemoryModule, neuron.BaseNode, neuron.BaseNode.__mro__[1])
 
 
 @cache
-def why_no_step(kind: Any) -> str | None:
+def why_not_stepwise(kind: Any) -> str | None:
     """Why the sequences of a class may not be its steps, one after the other, or ``None``."""
     if (
         _owner(kind, "forward") is not base.MemoryModule
@@ -88,7 +88,7 @@ def why_no_step(kind: Any) -> str | None:
         return "it overrides forward"
     sequence = _owner(kind, "multi_step_forward")
     if not FUNCTIONAL_STATES:
-        return None if sequence in _SEQUENCES else _why_no_sequence(kind, sequence)
+        return None if sequence in _SEQUENCES else _why_not_stepwise_in_old(kind, sequence)
     if sequence is neuron.SimpleBaseNode:
         return None
     states = _owner(kind, "multi_step_functional_forward")
@@ -101,7 +101,7 @@ def why_no_step(kind: Any) -> str | None:
     return "it overrides the forward of a sequence"
 
 
-def _why_no_sequence(kind: type, sequence: Any) -> str | None:
+def _why_not_stepwise_in_old(kind: type, sequence: Any) -> str | None:
     """The same for 0.0.0.0.14, whose classes run a sequence by functions of their own in eval."""
     if not sequence.__module__.startswith("spikingjelly."):
         return "it overrides the forward of a sequence"

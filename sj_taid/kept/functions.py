@@ -16,17 +16,17 @@ from .._internal import graph
 from .kept import (
     Kept,
     Memory,
+    attach,
     describe,
     expose,
     fills_memory,
     handles,
-    keep,
     kept_in,
     leave,
     run,
     run_plain,
 )
-from .saving import Counts, Recipe, counts_of, run_saving
+from .saving import PackedRecipe, Recipe, recipe_of_counts, run_saving
 
 
 def _named(names: str) -> list[Any]:
@@ -86,7 +86,7 @@ def _view(func: Any, args: Any, kwargs: Any) -> Any:
     place = None if source is None else _find_place(func, args, kwargs, result)
     if place is not None:
         if type(result) is not Kept:
-            keep(result, Memory(result), None)
+            attach(result, Memory(result), None)
         result._source, result._place = source, place
     elif source is not None and all(getattr(part, "_source", None) is None for part in parts):
         source.note(func)
@@ -105,14 +105,14 @@ def _describe_part(result: Tensor, whole: Kept, keeps_order: bool) -> None:
     if is_view or graph.shares_memory(result, whole):
         memory.is_known &= is_same  # else other numbers in the same memory
         if is_same:
-            keep(result, memory, recipe, source, version=whole._known_version)
+            attach(result, memory, recipe, source, version=whole._known_version)
     elif recipe and whole.covers(whole):
         # Equal strides alone do not say that values are in the same order.
         is_equal = keeps_order and is_same and result.stride() == whole.stride()
         if is_equal and fills_memory(whole):
-            keep(result, Memory(result), recipe)
+            attach(result, Memory(result), recipe)
         else:
-            describe(result, (), counts_of(result, recipe.peak))
+            describe(result, (), recipe_of_counts(result, recipe.peak))
 
 
 def _find_place(func: Any, args: Any, kwargs: Any, result: Any) -> Any:
@@ -191,11 +191,6 @@ def peak_of(tensor: Any) -> int | None:
     return recipe.peak if recipe else None
 
 
-def _peak_of_product(args: Any, kwargs: Any) -> int | None:
-    peaks: Any = [peak_of(factor) for factor in args]
-    return None if kwargs or len(peaks) != 2 or None in peaks else math.prod(peaks)
-
-
 @handles(*_named("cat concat stack"))
 def _join(func: Any, args: Any, kwargs: Any) -> Any:
     is_plain = args and kwargs.keys() <= {"dim"}
@@ -210,26 +205,26 @@ def _subtract(func: Any, args: Any, kwargs: Any) -> Any:
     return run(func, args, kwargs, 1 if is_complement else None)
 
 
-def _multiply(in_place: Any, func: Any, args: Any, kwargs: Any) -> Any:
+def _multiply(operation: Any, func: Any, args: Any, kwargs: Any) -> Any:
     """A product or a quotient, which may be counts times a constant."""
     if kwargs or len(args) != 2 or type(args[1]) not in (int, float):
-        peak = _peak_of_product(args, kwargs) if in_place is Tensor.mul_ else None
-        return run(func, args, kwargs, peak)
+        peaks: Any = [None] if kwargs or operation is not Tensor.mul_ else [*map(peak_of, args)]
+        return run(func, args, kwargs, None if None in peaks else math.prod(peaks))
     whole, other = args
     recipe: Any = whole.recipe() if type(whole) is Kept else None
-    if not (isinstance(recipe, Counts) and torch.is_grad_enabled() and fills_memory(whole)):
+    if not (isinstance(recipe, PackedRecipe) and torch.is_grad_enabled() and fills_memory(whole)):
         return run(func, args, kwargs)
     dtype, strides = whole.dtype, whole.stride()
     saved = recipe.saved_of(whole)  # before the multiplication, which may be in place
-    scaled = Recipe(partial(_scale, recipe.make, in_place, other), saved)
+    scaled = Recipe(partial(_scale, recipe.make, operation, other), saved)
     result = run_saving([whole], func, args, kwargs)
     same = result.dtype == dtype and result.stride() == strides
     describe(result, [whole], scaled if same else None)
     return result
 
 
-def _scale(make: Callable[..., Tensor], in_place: Any, number: float, *saved: Tensor) -> Tensor:
-    return in_place(make(*saved), number)
+def _scale(make: Callable[..., Tensor], operation: Any, number: float, *saved: Tensor) -> Tensor:
+    return operation(make(*saved), number)
 
 
 handles(*_named("mul multiply __mul__ __rmul__ mul_ __imul__"))(partial(_multiply, Tensor.mul_))
@@ -269,13 +264,13 @@ for kind in ("max", "avg", "adaptive_max", "adaptive_avg"):
 
 
 @handles(
-    *_named("addmm baddbmm conv1d conv2d conv3d"),
+    *_named("matmul __matmul__ bmm mm addmm baddbmm conv1d conv2d conv3d"),
     *_named("conv_transpose1d conv_transpose2d conv_transpose3d"),
 )
-def _contract(func: Any, args: Any, kwargs: Any, peak: int | None = None) -> Any:
+def _contract(func: Any, args: Any, kwargs: Any) -> Any:
     if graph.is_autocast_enabled() and sum(isinstance(t, Tensor) for t in args) > 1:
         args = tuple(_lowered(t) if type(t) is Kept else t for t in args)
-    return run(func, args, kwargs, peak)
+    return run(func, args, kwargs)
 
 
 def _lowered(tensor: Any) -> Any:
@@ -284,12 +279,6 @@ def _lowered(tensor: Any) -> Any:
     if tensor.dtype != torch.float32 or tensor.is_meta or not torch.is_autocast_enabled(device):
         return tensor
     return _view(Tensor.to, (tensor, torch.get_autocast_dtype(device)), {})
-
-
-@handles(*_named("matmul __matmul__ bmm mm"))
-def _matmul(func: Any, args: Any, kwargs: Any) -> Any:
-    peak = _peak_of_product(args, kwargs)
-    return _contract(func, args, kwargs, None if peak is None else peak * args[0].shape[-1])
 
 
 @handles(F.linear)

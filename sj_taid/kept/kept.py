@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from .._internal import graph
-from .saving import Recipe, counts_of, run_saving
+from .saving import Recipe, recipe_of_counts, run_saving
 
 
 class Memory:
@@ -36,7 +36,7 @@ class Memory:
 
 
 class Kept(Tensor):
-    """A tensor that says how it is saved, and of a norm's output from what a neuron computes it."""
+    """A tensor that says how its values are made again; a norm's output also of what."""
 
     _memory: Memory
     #: how the values of the whole memory are made again, at this version of the memory
@@ -78,7 +78,7 @@ class Kept(Tensor):
         return _handle(func, types, args, kwargs or {})
 
 
-def keep(
+def attach(
     tensor: Any,
     memory: Memory,
     recipe: Recipe | None,
@@ -155,7 +155,7 @@ def run(func: Any, args: Any, kwargs: Any, peak: int | None = None, recipe_of: A
     result = run_saving(kept, func, args, kwargs, recipe_of)
     for tensor in result if isinstance(result, list | tuple) else [result]:
         if isinstance(tensor, Tensor):
-            describe(tensor, kept, counts_of(tensor, peak))
+            describe(tensor, kept, recipe_of_counts(tensor, peak))
     return result
 
 
@@ -184,7 +184,7 @@ def describe(result: Tensor, kept: Iterable[Any], recipe: Recipe | None) -> None
     # Eight bits do not hold every count.
     is_exact = result.is_floating_point() and result.itemsize > 1
     if recipe is not None and is_exact and fills_memory(result):
-        keep(result, result._memory if type(result) is Kept else Memory(result), recipe)
+        attach(result, result._memory if type(result) is Kept else Memory(result), recipe)
 
 
 def fills_memory(tensor: Tensor) -> bool:

@@ -19,7 +19,7 @@ from ..ops import backends, bits
 from ..ops.alif.plan import Plans, Spec, arranged
 from ..ops.bits import is_dense
 from ..ops.step.read import Reading
-from .kept import Kept, Memory, keep
+from .kept import Kept, Memory, attach
 from .saving import Recipe, unchanged
 
 
@@ -30,15 +30,9 @@ class Place:
     of the output.
     """
 
-    def __init__(
-        self, at: Tensor, channels: int, inner: int, about: Any, copies: bool = False
-    ) -> None:
-        """``inner``: neighbours in memory of one channel; ``about``: dtype and device.
-
-        ``copies``: whether the norm copies its input first, to another memory order.
-        """
+    def __init__(self, at: Tensor, channels: int, inner: int, about: Any) -> None:
+        """``inner``: neighbours in memory of one channel; ``about``: dtype and device."""
         self.at, self.channels, self.inner, self.about = at, channels, inner, about
-        self.copies = copies
         self._views = Plans()
         (steps, *_), (time, *_) = at.shape, at.stride()
         neurons = at.numel() // steps
@@ -47,9 +41,9 @@ class Place:
         outermost &= channels == 1 or neurons % (channels * inner) == 0
         axis = at.shape[2:3], at.stride()[2:3]
         #: why no neuron takes the input instead: any, and one with parameters per channel
-        self.why_apart = "" if outermost else "time is not the outermost axis in memory"
+        self.why_not_fused = "" if outermost else "time is not the outermost axis in memory"
         matches = axis == ((channels,), (inner,))
-        self.why_channels_apart = self.why_apart or (
+        self.why_not_fused_by_channel = self.why_not_fused or (
             "" if matches else "its channels are not those of the norm"
         )
 
@@ -64,7 +58,9 @@ class Place:
             if isinstance(part, Tensor):  # whose shape may change
                 return None
         found = self._views.get(key, self)
-        return found if found is not self else self._views.keep(key, self._view(func, args, kwargs))
+        if found is self:
+            found = self._views.store(key, self._view(func, args, kwargs))
+        return found
 
     def _view(self, func: Any, args: Any, kwargs: Any) -> Place | None:
         try:
@@ -96,16 +92,17 @@ def _hashable(value: Any) -> Any:
 class Source:
     """What a neuron takes instead of a norm's output: the norm's input, weight, bias and numbers.
 
-    ``spread`` is ``(var + eps)^(-1/2)``, of running statistics (``fixed``) the variance.
+    ``rstd`` is ``(var + eps)^(-1/2)``; ``running`` are the mean and the variance if these are the
+    norm's numbers (``fixed``), not the batch's.
     """
 
     is_watched = False
 
     def __init__(
-        self, x: Tensor, weight: Any, bias: Any, mean: Any, spread: Any, fixed: bool, eps: float
+        self, x: Tensor, weight: Any, bias: Any, mean: Any, rstd: Any, running: Any, eps: float
     ) -> None:
-        self.x, self.weight, self.bias, self.mean, self.spread = x, weight, bias, mean, spread
-        self.fixed, self.eps = fixed, eps
+        self.x, self.weight, self.bias, self.mean, self.rstd = x, weight, bias, mean, rstd
+        self.running, self.fixed, self.eps = running, running is not None, eps
         #: what has read the output, and whether it has taken this instead
         self.readers: dict[str, bool] = {}
         self._state, self._hooks = self._now(), graph.saving_hooks()
@@ -136,13 +133,12 @@ class Source:
 
     def tensors(self) -> tuple[Any, ...]:
         """Input, weight, bias, and float32 mean and ``(var + eps)^(-1/2)``."""
-        mean, rstd = self.mean, self.spread
+        mean, rstd = self.mean, self.rstd
         if mean.dtype != torch.float32:
             mean, rstd = mean.float(), rstd.float()
-        rstd = rstd.add(self.eps).rsqrt() if self.fixed else rstd
         return self.x, self.weight, self.bias, mean, rstd
 
-    def why_apart(self) -> str:
+    def why_not_fused(self) -> str:
         """Why a neuron reads the output's values instead, or ""."""
         if self.is_watched:
             return "a hook takes its gradient"
@@ -168,13 +164,13 @@ def find_source(y: Kept, node: Any, per_channel: bool) -> Source | None:
     source, place, memory = y._source, y._place, y._memory
     if not y.requires_grad:  # as after detach_()
         return None
-    reason = place.why_channels_apart if per_channel else place.why_apart
+    reason = place.why_not_fused_by_channel if per_channel else place.why_not_fused
     is_known = memory.is_known and y._version == y._known_version
     if not reason and not (is_known and (not y.is_cuda or y.covers(y))):
         reason = "its values may have changed"
     if node._backward_hooks and not node._is_full_backward_hook:
         reason = "a hook of the neuron reads its graph"
-    if reason := reason or source.why_apart():
+    if reason := reason or source.why_not_fused():
         source.readers[f"{reader_of(node)}: {reason}"] = False
         return None
     return source
@@ -194,11 +190,11 @@ class Normalized(Recipe):
     def of(self, tensor: Tensor) -> Recipe | None:
         source = self._source
         x = source.x
-        if type(x) is not Tensor or x.dtype != tensor.dtype or source.why_apart():
+        if type(x) is not Tensor or x.dtype != tensor.dtype or source.why_not_fused():
             return None
         # Copies: an optimizer may change parameters before backward.
         numbers = [None if t is None else t.detach().clone() for t in (source.weight, source.bias)]
-        numbers += (source.mean, source.spread) if source.fixed else (None, None)
+        numbers += source.running or (None, None)
         flat = x.detach().flatten(0, 1) if self._folds else x.detach()
         view = tensor.shape, tensor.stride(), tensor.storage_offset()
         options = not source.fixed, 0.0, source.eps, torch.backends.cudnn.enabled
@@ -224,19 +220,20 @@ def normalize(norm: Any, x: Tensor, place: Place, folds: bool) -> Tensor:
             factor = 1.0 / float(norm.num_batches_tracked)
     fixed = not (training or (mean is None and var is None))
     running: Any = (mean, var) if not training or tracks else (None, None)
-    x = x.contiguous() if place.copies else x
+    x = x if x.stride() == place.at.stride() else x.contiguous()  # as the plain module's flatten
     flat = x.flatten(0, 1) if folds else x
-    y, mean, spread, *_ = graph.batch_norm(
+    y, mean, rstd, *_ = graph.batch_norm(
         *(flat, weight, bias, *running, not fixed, factor, eps, torch.backends.cudnn.enabled)
     )
     if flat.dim() > 3 and 1 in flat.shape and not flat.is_cuda:
         # Torch reads a gradient in another memory order wrongly: an axis of size 1 hides the order.
         y.register_hook(partial(arranged, strides=flat.stride()))
     if fixed:  # copies: training moves them, unseen by their version
-        mean, spread = (t.detach().clone() for t in running)
+        mean, var = running = tuple(t.detach().clone() for t in running)
+        rstd = var.float().add(eps).rsqrt()
     y = y.view(x.shape) if folds else y
-    source = Source(x, weight, bias, mean, spread, fixed, eps)
-    return keep(y, Memory(y), Normalized(source, folds), source, place)
+    source = Source(x, weight, bias, mean, rstd, running if fixed else None, eps)
+    return attach(y, Memory(y), Normalized(source, folds), source, place)
 
 
 def place_of(norm: Any, x: Tensor, folds: bool) -> Place | None:
@@ -251,10 +248,9 @@ def place_of(norm: Any, x: Tensor, folds: bool) -> Place | None:
         return None
     if x.numel() <= channels or backends.engine_of(x.device.type) is bits:
         return None
-    copies = not graph.shares_memory(flat, x)  # as the plain module does
-    dense = flat.view(x.shape) if copies else x
+    dense = x if graph.shares_memory(flat, x) else flat.view(x.shape)  # a copy
     if not is_dense(dense):
         return None
     at = torch.empty_strided(x.shape, dense.stride(), device="meta")
     inner = dense.stride(axis) if channels > 1 else x.numel()
-    return Place(at, channels, inner, (x.dtype, x.device), copies)
+    return Place(at, channels, inner, (x.dtype, x.device))

@@ -14,7 +14,7 @@ from torch import Tensor
 from .._internal import graph
 from ..ops import backends, bits
 
-#: A part smaller than one of so many is saved as it is: to make it again, all values would be.
+#: A view of less than a sixteenth of the memory is saved as it is: backward would make it all.
 _MOST_PARTS = 16
 
 
@@ -26,9 +26,10 @@ class Recipe:
         make: makes them of what is ``saved``.
         peak: an upper bound of the values if all are whole numbers >= 0, else ``None``.
         cost: passes over the values to make them.
-        reference: the one of the saved tensors that is another's values, with its version.
+        reference: one of ``saved`` that is not its own copy, but a tensor of the net, which must
+            have this version still in backward.
         is_saved: whether every operation saves it; else sums alone do.
-        holds_others: whether it keeps other tensors alive, which what is detached must not.
+        holds_others: whether ``saved`` are other tensors, not bits; what is detached drops it.
     """
 
     make: Callable[..., Tensor]
@@ -54,7 +55,7 @@ def _make_view(make: Callable[..., Tensor], view: Any, *saved: Tensor) -> Tensor
     return make(*saved).as_strided(*view)
 
 
-class Counts(Recipe):
+class PackedRecipe(Recipe):
     """Whole numbers up to 15: spikes, saved as bits, and counts, saved as four bits."""
 
     peak: int
@@ -78,9 +79,9 @@ def _unpack_counts(numel: int, dtype: torch.dtype, packed: Tensor) -> Tensor:
     return values
 
 
-def counts_of(tensor: Tensor, peak: int | None) -> Counts | None:
+def recipe_of_counts(tensor: Tensor, peak: int | None) -> PackedRecipe | None:
     """The recipe of whole numbers up to ``peak``, if four bits hold them."""
-    return None if peak is None or peak > bits.LARGEST_COUNT else Counts(tensor, peak)
+    return None if peak is None or peak > bits.LARGEST_COUNT else PackedRecipe(tensor, peak)
 
 
 def unchanged(tensor: Tensor, version: int) -> Tensor:

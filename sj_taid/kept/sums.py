@@ -11,7 +11,7 @@ from torch import Tensor
 from .._internal import graph
 from .functions import peak_of
 from .kept import Kept, describe, handles, kept_in
-from .saving import Recipe, counts_of, unchanged
+from .saving import Recipe, recipe_of_counts, unchanged
 
 #: Passes over the values that making a sum again may take: a norm takes three, and a term that
 #: stays in memory counts as three.
@@ -30,7 +30,7 @@ def _add(func: Any, args: Any, kwargs: Any) -> Any:
     result = func(*args)  # which saves nothing
     if recipe is not None:
         recipe.peak = peak
-    describe(result, kept, recipe or counts_of(result, peak))
+    describe(result, kept, recipe or recipe_of_counts(result, peak))
     return result
 
 

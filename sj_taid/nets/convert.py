@@ -18,7 +18,7 @@ from ..monitoring import notes_on_thresholds, warn_of
 from ..neuron import ALIFNode
 from ..ops import backends
 from ..ops.alif.reference import state_dtype
-from ..ops.surrogate import counts
+from ..ops.surrogate import is_integer
 from ..state import name_neurons
 from .comparison import compare
 from .neurons import (
@@ -31,8 +31,8 @@ from .neurons import (
     find_neurons,
     nearest_w,
     need_neurons,
-    why_no_alif,
-    why_silent,
+    why_not_alif,
+    why_not_firing,
 )
 from .report import Row, table_of
 
@@ -50,7 +50,7 @@ class Report:
     remark: str = ""
 
     def __str__(self) -> str:
-        swapped = sum(row.done != "" for row in self.rows)
+        swapped = sum(row.state == "swapped" for row in self.rows)
         head = f"{swapped} swapped, {len(self.rows) - swapped} left alone"
         return "\n".join(filter(None, (head, table_of(self.rows), self.remark)))
 
@@ -141,7 +141,10 @@ def swap_neurons(
         for site, note in compare(net, own, as_inputs(example)).items():
             notes[site] += f", {note}"
     done = {site: type(new).__name__ for site, new in new_of.items()}
-    rows = tuple(site.row(done.get(site, ""), notes[site]) for site in sites)
+    rows = tuple(
+        site.row(done[site], notes[site], "swapped") if site in done else site.row("", notes[site])
+        for site in sites
+    )
     report = Report(rows, describe_single_steps(sites))
     compat.forget_reset_cache()
     for site, new in new_of.items():  # after the last error
@@ -212,7 +215,7 @@ def to_lif(net: nn.Module) -> nn.Module:
     copied = copy_net(net)
     restore(copied)
     sites = [site for site in find_neurons(copied) if isinstance(site.node, ALIFNode)]
-    if refused := [site.row("", reason) for site in sites if (reason := _why_no_lif(site.node))]:
+    if refused := [site.row("", reason) for site in sites if (reason := _why_not_lif(site.node))]:
         raise ValueError(
             f"LIFNode cannot express {len(refused)} of the neurons:\n{table_of(refused)}"
         )
@@ -261,7 +264,7 @@ def _take_over(old: nn.Module, new: nn.Module, known: Collection[str]) -> None:
 
 def _swapped(site: Site, filter: Any, options: dict[str, Any]) -> tuple[Any, str]:
     """The ALIF of a neuron, ``None`` to keep it, and a note."""
-    if reason := _why_keep(site, filter):
+    if reason := _why_not_swapped(site, filter):
         return None, reason
     try:
         alif = _to_alif(site, **options)
@@ -275,21 +278,21 @@ def _swapped(site: Site, filter: Any, options: dict[str, Any]) -> tuple[Any, str
     return alif, note
 
 
-def _why_keep(site: Site, filter: Callable[[str, nn.Module], bool] | None) -> str | None:
+def _why_not_swapped(site: Site, filter: Callable[[str, nn.Module], bool] | None) -> str | None:
     """Why a neuron is not swapped, or ``None``."""
     node = site.node
     if isinstance(node, ALIFNode):
         return f"already ALIF; its backend stays {node.backend}: node.backend = ... chooses one"
     if is_parametrized(node):
         return "it is parametrized"
-    if reason := why_no_alif(node) or why_silent(node):
+    if reason := why_not_alif(node) or why_not_firing(node):
         return reason
     if names := compat.added_names(node, *compat.PLAIN_NEURONS):
         return f"it has its own {', '.join(names)}, which ALIF lacks"
     return "declined by filter" if filter and not filter(site.path, node) else None
 
 
-def _why_no_lif(node: Any) -> str | None:
+def _why_not_lif(node: Any) -> str | None:
     """Why a LIF node cannot express an ALIF, or ``None``."""
     if type(node) is not ALIFNode:
         return "a subclass of ALIFNode, whose own behaviour LIF would lose"
@@ -308,9 +311,9 @@ def _why_no_lif(node: Any) -> str | None:
         return "its tau is 1 to float32's precision; LIF needs more"
     if taus[0] == math.inf and node.decay_input:
         return "its tau is infinite, so that its input has no effect"
-    if counts(node.surrogate_function) and not compat.INTEGER_LIF:
+    if is_integer(node.surrogate_function) and not compat.INTEGER_LIF:
         return "it counts, and SpikingJelly 0.0.0.0.14 has no ILIFNode"
-    if counts(node.surrogate_function) and taus[0] == math.inf:
+    if is_integer(node.surrogate_function) and taus[0] == math.inf:
         return "it counts, and an ILIFNode has a finite tau"
     return None
 
@@ -348,7 +351,7 @@ def _to_lif(node: Any) -> neuron.BaseNode:
     tau, v_threshold = (t.max().item() for t in (node.tau, node.effective_v_threshold))
     options = {"v_threshold": v_threshold, **_shared_options(node)}
     scale = 1.0
-    if counts(node.surrogate_function):
+    if is_integer(node.surrogate_function):
         # It has no decay_input: with undivided input every voltage is tau times as large.
         scale = tau if node.decay_input else 1.0
         options["v_threshold"] *= scale

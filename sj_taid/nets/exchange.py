@@ -21,7 +21,7 @@ from .modules import (
     AcceleratedNeuron,
     AcceleratedNorm,
     accelerate_module,
-    why_no_norm,
+    why_not_fused,
 )
 from .neurons import (
     Site,
@@ -34,7 +34,7 @@ from .neurons import (
     need_neurons,
 )
 from .report import Row
-from .summary import ALREADY, FUSED, Acceleration, measure, norms_of, report_of
+from .summary import Acceleration, measure, norms_of, report_of
 
 
 def accelerate(net: nn.Module, example: Any = None) -> Acceleration:
@@ -105,8 +105,10 @@ def _exchange_classes(net: nn.Module) -> dict[str, Row]:
     """Give neurons and norms their accelerated classes; a row for each neuron."""
     rows = {}
     for site in find_neurons(net):
-        reason = _why_not(site)
-        rows[site.path] = site.row("" if reason else FUSED, reason or _describe_equality(site))
+        reason = _why_not_fused(site)
+        done, note = "" if reason else "fused operator", reason or _describe_equality(site)
+        is_fused = not reason or isinstance(site.node, Accelerated)
+        rows[site.path] = site.row(done, note, "fused" if is_fused else "left alone")
         if not reason:
             found = _read(site)
             accelerate_module(site.node)._taid_name = site.path
@@ -114,21 +116,21 @@ def _exchange_classes(net: nn.Module) -> dict[str, Row]:
                 note_for_graphs(site.node, found)  # type: ignore[arg-type]
     if any(isinstance(m, AcceleratedALIF | AcceleratedNeuron) for m in net.modules()):
         for _, norm in norms_of(net):
-            if not isinstance(norm, AcceleratedNorm) and not why_no_norm(norm):
+            if not isinstance(norm, AcceleratedNorm) and not why_not_fused(norm):
                 accelerate_module(norm)
     return rows
 
 
-def _why_not(site: Site) -> str | None:
+def _why_not_fused(site: Site) -> str | None:
     """Why a neuron is left as it is, or ``None``."""
     node: Any = site.node
     if isinstance(node, Accelerated):
-        return ALREADY
+        return "on the fused operator already"
     if is_parametrized(node):
         return "it is parametrized"
     if isinstance(node, ALIFNode) and node.backend == "torch":
         return "its backend is torch"
-    reason = None if isinstance(node, ALIFNode) else compat.why_no_step(node.__class__)
+    reason = None if isinstance(node, ALIFNode) else compat.why_not_stepwise(node.__class__)
     successor = f"swap_neurons(net, replace={{{node.__class__.__name__}: ...}})"
     reason = reason and f"{reason}; {successor} gives it a successor"
     if reason:

@@ -23,9 +23,9 @@ from ..ops.step.record import is_state
 
 
 class Exchanged(Accelerated):
-    """An accelerated module: ``_taid_mixin`` is what its class adds to its own."""
+    """An accelerated module, of a class that :func:`accelerated_class` makes."""
 
-    _taid_mixin: type
+    _taid_mixin: type  #: the class of this file that comes first among its bases
 
     def __init_subclass__(cls) -> None:
         """Leave out the hook of the net's class, which may keep a list of subclasses."""
@@ -74,7 +74,7 @@ _KNOWN_NORMS = {
 }
 
 
-def why_no_norm(module: nn.Module) -> str | None:
+def why_not_fused(module: nn.Module) -> str | None:
     """Why no neuron can take the input of a norm, or ``None``."""
     if isinstance(module, nn.SyncBatchNorm):
         return "its statistics are taken over all processes"
@@ -100,7 +100,7 @@ class AcceleratedNorm(Exchanged):
                     key, plans = (x.shape, x.stride(), x.dtype, x.device, folds), Plans.of(self)
                     place = plans.get(key, key)
                     if place is key:
-                        place = plans.keep(key, place_of(self, x, folds))
+                        place = plans.store(key, place_of(self, x, folds))
                     if place is not None:
                         kept = (x,) if type(x) is Kept else ()
                         if kept and x._source is not None:

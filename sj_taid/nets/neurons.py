@@ -15,8 +15,8 @@ from torch.overrides import TorchFunctionMode
 from .._internal import compat
 from ..fused_neuron import Accelerated
 from ..ops.bits import LARGEST_COUNT
-from ..ops.surrogate import counts, levels_of
-from .report import Row
+from ..ops.surrogate import is_integer, levels_of
+from .report import Row, State
 
 
 class Site(NamedTuple):
@@ -31,9 +31,9 @@ class Site(NamedTuple):
     def path(self) -> str:
         return self.paths[0]
 
-    def row(self, done: str, note: str) -> Row:
+    def row(self, done: str, note: str, state: State = "left alone") -> Row:
         """The neuron's row in a report."""
-        return Row(" = ".join(self.paths) or "net", type(self.node).__name__, done, note)
+        return Row(" = ".join(self.paths) or "net", type(self.node).__name__, done, note, state)
 
 
 def need_neurons(net: nn.Module, change: str, kinds: Collection[type] = ()) -> list[Site]:
@@ -113,13 +113,13 @@ class _CopyComputed(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def why_no_alif(node: Any) -> str | None:
+def why_not_alif(node: Any) -> str | None:
     """Why no ALIF has the outputs of a neuron, or ``None``."""
     if isinstance(node, Accelerated):
         return "accelerated: sj_taid.unaccelerate(net) first, which gives the neuron back"
     if reason := compat.why_not_plain(node):
         return reason
-    if counts(node.surrogate_function) and not isinstance(node, compat.INTEGER_LIF):
+    if is_integer(node.surrogate_function) and not isinstance(node, compat.INTEGER_LIF):
         return "its surrogate counts by H - V_th; ALIF counts by H / V_th"
     if (levels := levels_of(node.surrogate_function)) > LARGEST_COUNT:
         return f"it counts to {levels}; ALIF counts to {LARGEST_COUNT}, which four bits hold"
@@ -129,16 +129,16 @@ def why_no_alif(node: Any) -> str | None:
         return f"its w has the shape {[*w.shape]}; ALIF takes over a scalar"
     if compat.has_precision_policy(node):
         return "it has a precision policy of its own"
-    return why_no_w(getattr(node, "tau", 2.0))
+    return why_not_tau(getattr(node, "tau", 2.0))
 
 
-def why_silent(node: Any) -> str | None:
+def why_not_firing(node: Any) -> str | None:
     """Why a neuron never fires, such as one that is read out by its voltage, or ``None``."""
     threshold = torch.as_tensor(node.v_threshold, device="cpu")  # not the default device
     return "its threshold is infinite: it never fires" if threshold.eq(math.inf).all() else None
 
 
-def why_no_w(tau: float) -> str | None:
+def why_not_tau(tau: float) -> str | None:
     """Why no ``w`` gives a LIF's tau, or ``None``."""
     return None if tau > 1.0 else f"its tau is {tau}, and sigmoid(w) = 1/tau needs more than 1"
 

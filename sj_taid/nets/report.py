@@ -1,7 +1,9 @@
 """Rows of reports on the neurons and norms of a net, and tables."""
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
+
+State = Literal["fused", "ready", "swapped", "left alone"]
 
 
 class Row(NamedTuple):
@@ -12,18 +14,20 @@ class Row(NamedTuple):
         kind: the class it had.
         done: what was done, or "" if it was left alone.
         note: how equal the outputs are, or why it was left alone.
+        state: how it is now; "ready" of a norm that a neuron may be fused with.
     """
 
     layer: str
     kind: str
     done: str
     note: str
+    state: State
 
 
 def table_of(rows: Iterable[Row]) -> str:
     """The rows as an aligned table."""
     cells = [(row.layer or "net", row.kind, row.done or "-", row.note) for row in rows]
-    return table(Row._fields, cells)
+    return table(("layer", "kind", "done", "note"), cells)
 
 
 def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:

@@ -17,12 +17,11 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .._internal import compat, graph
 from .._internal.context import forked
-from ..counts import read_counts
-from .modules import AcceleratedNorm, why_no_norm
+from ..counts import split_counts
+from .modules import AcceleratedNorm, why_not_fused
 from .neurons import find_neurons
 from .report import Row, table_of
 
-FUSED, ALREADY = "fused operator", "on the fused operator already"
 NO_GRADIENT, APART = "its input requires no gradient", "computed apart: "
 #: times of a step that differ by less are called equal
 _NOISE = 0.05
@@ -82,11 +81,10 @@ def report_of(
     ``readers``: what has read each norm's output, if a step was run, and whether as one operation.
     """
     norms = {path: _norm_row(path, norm, readers) for path, norm in norms_of(net)}
-    rows, done = neurons | norms, [row.done.partition(" into ")[0] for row in norms.values()]
-    fused = sum((row.done or row.note) in (FUSED, ALREADY) for row in neurons.values())
+    rows, fused = neurons | norms, sum(row.state == "fused" for row in neurons.values())
     head = f"{fused} of {len(neurons)} neurons on the fused operator, "
-    state = "ready to be fused" if readers is None else "fused"
-    head += f"{done.count(state.partition(' ')[0])} of {len(norms)} norms {state}"
+    state, said = ("ready", "ready to be fused") if readers is None else ("fused", "fused")
+    head += f"{sum(row.state == state for row in norms.values())} of {len(norms)} norms {said}"
     return tuple(rows[path] for path, _ in net.named_modules() if path in rows), head
 
 
@@ -108,29 +106,34 @@ def _norm_row(path: str, norm: nn.Module, all_readers: dict[str, dict[str, bool]
     """What has been done with a norm, or with its output."""
     kind = type(norm).__name__
     if not isinstance(norm, _BatchNorm):
-        return Row(path, kind, "", "no batch norm: no mean and variance per channel of the batch")
+        reason = "no batch norm: no mean and variance per channel of the batch"
+        return Row(path, kind, "", reason, "left alone")
     if not isinstance(norm, AcceleratedNorm):
-        return Row(path, kind, "", why_no_norm(norm) or "no neuron is on the fused operator")
+        reason = why_not_fused(norm) or "no neuron is on the fused operator"
+        return Row(path, kind, "", reason, "left alone")
     if all_readers is None:
-        return Row(path, kind, "ready", "fused into a neuron that reads it; example= says where")
+        note = "fused into a neuron that reads it; example= says where"
+        return Row(path, kind, "ready", note, "ready")
     readers = all_readers.get(path, {})
     fused = ", ".join(f"fused into {reader}" for reader, is_fused in readers.items() if is_fused)
     others = ", ".join(reader for reader, is_fused in readers.items() if not is_fused)
     apart = f"{APART}{'' if others == NO_GRADIENT else 'read by '}{others}" if others else ""
     if fused:
-        return Row(path, kind, fused, f"equal outputs to rounding{apart and f'; also {apart}'}")
-    return Row(path, kind, "", apart or "not run")
+        note = f"equal outputs to rounding{apart and f'; also {apart}'}"
+        return Row(path, kind, fused, note, "fused")
+    return Row(path, kind, "", apart or "not run", "left alone")
 
 
 def _merge(rows: Iterable[Row]) -> list[Row]:
     """The rows, equal ones as one."""
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row.kind, row.done.partition(" into ")[0], row.note), []).append(row)
+        groups.setdefault((row.kind, row.state, row.note), []).append(row)
     merged = []
-    for (_, done, _), (first, *rest) in groups.items():
+    for first, *rest in groups.values():
         if rest:
-            done += " each" * (done != first.done)
+            is_one = all(row.done == first.done for row in rest)
+            done = first.done if is_one else f"{first.state} each"
             first = first._replace(layer=f"{first.layer} and {len(rest)} more", done=done)
         merged.append(first)
     return merged
@@ -186,7 +189,7 @@ def _find_counting(net: nn.Module, inputs: Any) -> dict[str, str]:
         tensors = [t for t in (*args[:1], y) if isinstance(t, Tensor) and t.numel()]
         is_outer = any(inner.startswith(f"{path}.") for inner in found)
         if len(tensors) == 2 and y.any() and not is_outer:
-            x_counts, y_counts = (read_counts(t.detach()).are_few for t in tensors)
+            x_counts, y_counts = (split_counts(t.detach()).are_few for t in tensors)
             if y_counts and not x_counts:
                 found[path] = type(module).__name__
 

@@ -84,7 +84,7 @@ else:
             return grad * ((x >= self.grad_min) & (x <= self.grad_max))
 
 
-def counts(surrogate_function: Any) -> bool:
+def is_integer(surrogate_function: Any) -> bool:
     """Whether it gives counts, of H / V_th, not spikes."""
     return isinstance(surrogate_function, MultiLevelSpikeCount)
 
@@ -95,4 +95,4 @@ def levels_of(surrogate_function: Any) -> int:
     >>> levels_of(surrogate.ATan()), levels_of(MultiLevelSpikeCount(4))
     (1, 4)
     """
-    return surrogate_function.max_spike_count if counts(surrogate_function) else 1
+    return surrogate_function.max_spike_count if is_integer(surrogate_function) else 1

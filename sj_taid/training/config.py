@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Sequence, Set
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import hydra
 from hydra.core.override_parser.types import Quote, QuotedString
@@ -56,11 +56,21 @@ KINDS_OF_GROUPS: dict[str, dict[str, Any]] = {
         "limit_test_batches": PositiveFloat | None,
     },
 }
-#: what sets a key, the only task that takes it, and a key that only the task's config has
+
+
+class OfOneTask(NamedTuple):
+    """A choice that one task alone takes."""
+
+    choice: str  #: what sets the key
+    task: str
+    own: str  #: a key that only the task's config has
+
+
+#: key -> the choice that sets it
 OF_ONE_TASK = {
-    "loss": ("loss=", "classification", "loss"),
-    "model.per_channel": ("neuron=alif_channel", "classification", "loss"),
-    "feature_loss": ("feature_loss=", "generation", "feature_loss"),
+    "loss": OfOneTask("loss=", "classification", "loss"),
+    "model.per_channel": OfOneTask("neuron=alif_channel", "classification", "loss"),
+    "feature_loss": OfOneTask("feature_loss=", "generation", "feature_loss"),
 }
 
 
@@ -168,6 +178,12 @@ def base_name(path: str) -> str:
     return expand_home(path).absolute().name
 
 
+def help_of(command: str) -> str:
+    """The keys of a command as its config has and explains them, for Hydra's template."""
+    keys = Path(CONF, f"{command}.yaml").read_text("utf-8").partition("\nhydra:")[0]
+    return keys.partition("\n\n")[2].replace("$", "$$")
+
+
 def as_float(number: Any) -> Any:
     """A number as a float, which SpikingJelly's neurons insist on; all else as it is."""
     return float(number) if is_number(number) else number
@@ -202,9 +218,11 @@ def validate(cfg: DictConfig) -> None:
             f"{task.__name__} takes {task.takes.__name__}, but dataset={cfg.dataset.name} is "
             f"{data.__name__}; for recordings add task=classification"
         )
-    for key, (choice, name, own) in OF_ONE_TASK.items():
-        if OmegaConf.select(cfg, key) and own not in cfg.task:
-            raise ValueError(f"{choice} is for task={name}; add that, or leave {choice} out")
+    for key, of in OF_ONE_TASK.items():
+        if OmegaConf.select(cfg, key) and of.own not in cfg.task:
+            raise ValueError(
+                f"{of.choice} is for task={of.task}; add that, or leave {of.choice} out"
+            )
     precision = str(cfg.trainer.get("precision"))
     if precision in ("16-true", "bf16-true", "64-true", "64") and "loss" not in cfg.task:
         raise ValueError(
@@ -242,5 +260,5 @@ def flatten(node: Any, key: str = "") -> dict[str, Any]:
 
 # Hydra names a job's folder in the process that runs the job, which has imported little more than
 # this module.
-for resolver in (as_float, base_name, folder_name, run_folder):
+for resolver in (as_float, base_name, folder_name, help_of, run_folder):
     OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)

@@ -53,14 +53,13 @@ def evaluate(cfg: DictConfig, **origin: Any) -> dict[str, Any]:
         evaluation = {
             "protocol": protocol,
             "metrics": metrics,
-            "checkpoint_sha256": run.checkpoint_sha256(),
             "seed": parts.seed,
             **origin,
             **provenance(),
         }
-        path = run.save_evaluation(evaluation)
+        run.save_evaluation(evaluation)
     show_metrics(metrics)
-    log.info("All metrics are in %s", path)
+    log.info("All metrics are in %s", run.evaluation)
     return evaluation
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Collection, Iterator, Mapping
@@ -159,7 +158,8 @@ class Run:
 
     def begin(self, config: str, origin: dict[str, Any]) -> None:
         """Save the config, and where it is from. A finished run is unfinished again."""
-        (self.folder / METRICS).unlink(missing_ok=True)
+        for measured in (self.folder / METRICS, *(self.folder / EVALUATIONS).glob("*.json")):
+            measured.unlink(missing_ok=True)
         for unfinished in self.checkpoint.parent.glob(".*.tmp"):  # of a killed process
             unfinished.unlink()
         _write_json(origin, self.folder / ORIGIN)  # first, since the config makes it a run
@@ -220,29 +220,19 @@ class Run:
     def save_metrics(self, metrics: dict[str, Any]) -> None:
         _write_json(metrics, self.folder / METRICS)
 
-    def save_evaluation(self, evaluation: dict[str, Any]) -> Path:
-        """Add a file to the run's evaluations, whose numbers count up whatever the clock says."""
-        folder = self.folder / EVALUATIONS
-        number = 1 + max((int(path.stem) for path in folder.glob("[0-9]*.json")), default=0)
-        path = folder / f"{number:04}.json"
-        _write_json(evaluation, path)
-        return path
+    @property
+    def evaluation(self) -> Path:
+        """Where the last evaluation of this checkpoint is; another one replaces it."""
+        return self.folder / EVALUATIONS / f"{self.checkpoint.stem}.json"
+
+    def save_evaluation(self, evaluation: dict[str, Any]) -> None:
+        _write_json(evaluation, self.evaluation)
 
     @property
     def evaluations(self) -> list[dict[str, Any]]:
-        """The later evaluations of the checkpoints that are here, the oldest first.
-
-        Those of a checkpoint that was replaced are left out. Without any checkpoint all count.
-        """
-        paths = sorted((self.folder / EVALUATIONS).glob("[0-9]*.json"))
-        found = [_read_json(path, "protocol", "metrics") for path in paths]
-        runs = [Run(self.folder), Run(self.folder, self.best)] if found else []
-        here = {run.checkpoint_sha256() for run in runs if run.checkpoint.is_file()}
-        return [one for one in found if not here or one.get("checkpoint_sha256") in here]
-
-    def checkpoint_sha256(self) -> str:
-        with self.checkpoint.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        """The evaluations of the last epoch and of the best, as far as there are any."""
+        paths = self.evaluation, Run(self.folder, self.best).evaluation
+        return [_read_json(path, "protocol", "metrics") for path in paths if path.is_file()]
 
     def model(self, trust: Collection[str] = ()) -> nn.Module:
         """The model of the checkpoint, in eval mode; see :func:`load_model`."""

@@ -1,5 +1,7 @@
 """Spikes and counts times a constant, and linear layers of spikes in another memory order."""
 
+from functools import partial
+
 import pytest
 import torch
 from spikingjelly.activation_based import neuron
@@ -26,21 +28,21 @@ SCALES = {
 UNKNOWN = ("of a part", "of a transposed", "then a whole number", "rounded")
 
 
-def spikes_of(dtype):
+def spikes_of(dtype, node=neuron.LIFNode, most=1, **options):
     """The same spikes with a graph, plain and accelerated."""
-    net = accelerated(nn.Sequential(neuron.LIFNode(step_mode="m", tau=1.5)))
+    net = accelerated(nn.Sequential(node(step_mode="m", **options)))
     spikes = net(torch.rand(8, 3, 4, 8).mul(3).to(dtype).requires_grad_())
-    assert 0 < spikes.mean() < 1
+    assert 0 < spikes.mean() < spikes.max() == most
     return spikes.detach().as_subclass(torch.Tensor).clone().requires_grad_() * 1, spikes
 
 
-def counts_of(dtype):
-    """Products of spikes."""
-    return [spikes @ spikes.transpose(-1, -2) for spikes in spikes_of(dtype)]
+counts_of = partial(
+    spikes_of, node=sj_taid.ALIFNode, most=4, levels=4, v_threshold=0.4, v_reset=None
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("make", [spikes_of, counts_of])
+@pytest.mark.parametrize("make", [spikes_of, counts_of], ids=["spikes", "counts"])
 @pytest.mark.parametrize("name", SCALES)
 def test_multiples_are_saved_as_whole_numbers(name, make, dtype):
     found = []

@@ -35,7 +35,7 @@ def assert_in_place(tensor):
     """A norm's output, or a view or copy of it, is the norm of what its place points at."""
     source, place = tensor._source, tensor._place
     is_known = tensor._memory.is_known and tensor._version == tensor._known_version
-    if place is None or not (is_known and tensor.requires_grad) or source.why_apart():
+    if place is None or not (is_known and tensor.requires_grad) or source.why_not_fused():
         return
     x, weight, bias, mean, rstd = source.tensors()
     # As a kernel finds channels.

@@ -3,6 +3,7 @@
 import copy
 import pickle
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import sj_taid
 from sj_taid._internal import graph
 from sj_taid._internal.compat import FUNCTIONAL_STATES
 from sj_taid.fused_neuron import Accelerated
+from sj_taid.ops.surrogate import MultiLevelSpikeCount
 from tests.nets.own_neurons import (
     GLIF,
     OWN,
@@ -36,14 +38,29 @@ READ = {
 }  # fmt: skip
 
 
-def theirs(name):
-    node = getattr(neuron, name)(**ARGUMENTS.get(name, {}))
+def fires(window):
+    return {"surrogate_function": MultiLevelSpikeCount(4, grad_window=window)}
+
+
+def theirs(name, **options):
+    node = getattr(neuron, name)(**ARGUMENTS.get(name, {}) | options)
     node.step_mode = "m"
     return node
 
 
 NAMES = sorted(name for name in READ if hasattr(neuron, name))
 MAKERS = {name: partial(theirs, name) for name in NAMES} | {kind.__name__: kind for kind in OWN}
+VARIED = [
+    (name, options)
+    for name in ("IFNode", "LIFNode", "ParametricLIFNode")
+    for options in ({"v_reset": None}, {"detach_reset": True})
+]
+if FUNCTIONAL_STATES:
+    VARIED += [
+        ("ILIFNode", {"tau": tau, "v_threshold": 0.3, "detach_reset": detach, **fires(window)})
+        for tau, detach, window in product((4 / 3, 1.7), (False, True), (None, (-0.5, 3.25)))
+    ]
+MAKERS |= {f"{name} {n}": partial(theirs, name, **o) for n, (name, o) in enumerate(VARIED)}
 
 
 def net_of(node, gain=1.5):
@@ -106,15 +123,16 @@ def test_a_neuron_equals_its_class(name):
         node = copy.deepcopy(net[2])
         x_seq = (torch.arange(4 * 2 * 4 * 30).view(4, 2, 4, 6, 5) % 17 / 6 - 1).requires_grad_()
         node(x_seq).pow(2).sum().backward()
-        spikes = node(x_seq)
-        seen.append([spikes.detach(), x_seq.grad])
-    if "to rounding" in str(report):
-        torch.testing.assert_close(seen[1][0], seen[0][0], rtol=1e-6, atol=1e-6)
-    else:
-        assert torch.equal(seen[1][0], seen[0][0])
-    torch.testing.assert_close(
-        seen[1][1], seen[0][1], rtol=1e-5, atol=1e-5 * float(seen[0][1].abs().max())
-    )
+        node.store_v_seq = True
+        seen.append([x_seq.grad, node(x_seq), node.v, getattr(node, "v_seq", None)])
+    is_rounded = name in ("ComplementaryLIFNode", "EIFNode")
+    r = 1e-6 * is_rounded
+    assert ("to rounding" in str(report)) == is_rounded
+    (want, *outputs), (got, *others) = seen
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
+    for want, got in zip(outputs, others, strict=True):
+        if isinstance(want, torch.Tensor):  # what its class gives
+            torch.testing.assert_close(got + 0, want, rtol=r, atol=r)
     assert_alike(results(fast, x, 2), results(plain, x, 2), 2e-5)
 
 

@@ -32,20 +32,15 @@ def test_gather_names_folders_without_a_finished_run(single, tmp_path):
         compare.gather([single.folder, tmp_path / "absent"])
 
 
-def test_gather_counts_the_evaluations_of_the_checkpoints_that_are_here(single):
-    evaluation = {"metrics": {"fad": 3.0}, "protocol": {"fad": "by eye"}}
-    single.save_evaluation(evaluation | {"checkpoint_sha256": "of one that is not here"})
-    read = single.latest_metrics  # without any checkpoint all count
-    assert read["fad"] == 3.0 and read["protocol"]["fad"] == "by eye"
-    single.checkpoint.parent.mkdir()
-    single.checkpoint.write_bytes(b"now")
-    assert single.latest_metrics["fad"] == 3.5
-    single.best.write_bytes(b"the best")
-    for there, name in ((single, "fad"), (run.Run(single.folder, single.best), "accuracy")):
-        digest = {"checkpoint_sha256": there.checkpoint_sha256()}
-        single.save_evaluation({"metrics": {name: 0.5}, "protocol": {}} | digest)
+def test_latest_metrics_are_those_of_the_last_evaluation_of_each_checkpoint(single):
+    best, other = (run.Run(single.folder, single.best.with_stem(n)) for n in ("best", "epoch=0"))
+    for of, name in ((single, "fad"), (best, "accuracy"), (other, "fad")):
+        for value in (0.9, 0.5):
+            of.save_evaluation({"metrics": {name: value}, "protocol": {name: f"by {value}"}})
     read = single.latest_metrics
-    assert (read["fad"], read["accuracy"]) == (0.5, 0.5)
+    assert (read["fad"], read["accuracy"], read["protocol"]["fad"]) == (0.5, 0.5, "by 0.5")
+    single.begin("seed: 0", single.metrics)  # it trains longer
+    assert not single.evaluations and not single.is_finished
 
 
 # ---- tables ----

@@ -202,7 +202,7 @@ class Plans(dict[Any, Any]):
         found = attributes.get("_taid_plans")
         return attributes.setdefault("_taid_plans", cls()) if found is None else found
 
-    def keep(self, key: Any, plan: Any) -> Any:
+    def store(self, key: Any, plan: Any) -> Any:
         """Store a plan and return it; forget the oldest of too many, since shapes may vary."""
         if len(self) >= self.MOST:
             with suppress(RuntimeError, StopIteration):  # another thread keeps one, or forgets

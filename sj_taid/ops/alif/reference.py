@@ -55,7 +55,7 @@ def fire(h: Tensor, v_threshold: Tensor, surrogate_function: Callable[[Tensor], 
     Counts are those of :class:`~sj_taid.ops.surrogate.MultiLevelSpikeCount`, which has D and the
     window of ``H / V_th``, bounds included, where ``dS/d(H / V_th)`` is 1, and not 0.
     """
-    if surrogate.counts(surrogate_function):
+    if surrogate.is_integer(surrogate_function):
         return surrogate_function(h / v_threshold)
     return surrogate_function(h - v_threshold)
 
@@ -83,7 +83,7 @@ def step(
     detach_reset: bool,
 ) -> tuple[Tensor, Tensor]:
     """One step: the spikes or counts of an input ``[N, *]``, and the next ``V``."""
-    counts = surrogate.counts(surrogate_function)
+    counts = surrogate.is_integer(surrogate_function)
     h = charge(x, v, q, decay_input, v_reset, counts)
     spike = fire(h, v_threshold, surrogate_function)
     return spike, reset(h, spike, v_threshold, v_reset, detach_reset)

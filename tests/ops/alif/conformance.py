@@ -24,7 +24,7 @@ from sj_taid.ops import bits
 from sj_taid.ops.alif import reference
 from sj_taid.ops.alif.plan import Spec, spec_of
 from sj_taid.ops.step.read import Reading
-from sj_taid.ops.surrogate import MultiLevelSpikeCount, Rect, counts, levels_of
+from sj_taid.ops.surrogate import MultiLevelSpikeCount, Rect, is_integer, levels_of
 from tests.helpers import HALF, Case, Leaves, differences, results, tensors
 from tests.ops.alif.norm import read_unchecked
 
@@ -183,7 +183,7 @@ def _least_distance(case: Case, leaves: Leaves) -> Tensor:
         edges = (x.floor() + 0.5, module.grad_min, module.grad_max)
         distances.append(torch.stack([(x - edge).abs() for edge in edges]).amin(0))
 
-    if counts(case.surrogate_function):
+    if is_integer(case.surrogate_function):
         fire = copy.deepcopy(case.surrogate_function)
         fire.register_forward_pre_hook(watch)
     case = case.with_(surrogate_function=fire, through=("spike_seq",))

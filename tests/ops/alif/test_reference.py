@@ -10,7 +10,7 @@ from spikingjelly.activation_based import neuron, surrogate
 from sj_taid._internal import compat
 from sj_taid.functional import alif_multi_step
 from sj_taid.ops.alif import reference
-from sj_taid.ops.surrogate import MultiLevelSpikeCount, counts, levels_of
+from sj_taid.ops.surrogate import MultiLevelSpikeCount, is_integer, levels_of
 from tests.helpers import TOLERANCE, count_grid, grid, results, tensors
 
 F64 = torch.float64
@@ -94,7 +94,7 @@ def derived_gradients(case, leaves, cotangents):
     For counts g is 1 / V_th in the window, else 0, and stands for H / V_th g in dL/dV_th. Without
     state Gv[t-1] is gv[t-1].
     """
-    most, counted = levels_of(case.surrogate_function), counts(case.surrogate_function)
+    most, counted = levels_of(case.surrogate_function), is_integer(case.surrogate_function)
     x, v0, w, v_th = (leaves[n].detach().numpy() for n in ("x", "v0", "w", "v_threshold"))
     if case.channels is not None:
         w, v_th = w[:, None], v_th[:, None]
