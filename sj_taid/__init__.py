@@ -15,6 +15,7 @@ from .calibration import calibrate
 from .layer import TAID, FixedDecoder
 from .monitoring import monitor
 from .nets.convert import swap_neurons, to_lif
+from .nets.describe import describe
 from .nets.exchange import accelerate, unaccelerate
 from .neuron import ALIFNode
 from .optim import parameter_groups
@@ -29,6 +30,7 @@ __all__ = [
     "binary",
     "calibrate",
     "create_model",
+    "describe",
     "fresh_state",
     "list_models",
     "monitor",

@@ -1,6 +1,7 @@
 """The command ``sj-taid``, or ``python -m sj_taid``; its help needs no more than the library."""
 
 import argparse
+import difflib
 import sys
 
 from ._internal.extras import TRAIN
@@ -30,6 +31,10 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     """Run a command; Ctrl-C ends it without a traceback, and a loop of the shell too."""
+    given = next(iter(sys.argv[1:2]), "")
+    near = difflib.get_close_matches(given, COMMANDS, 1)
+    if near and given not in COMMANDS:
+        parser().error(f"no command {given!r}; did you mean {near[0]!r}?")
     command, arguments = parser().parse_args(sys.argv[1:2]).command, sys.argv[2:]
     if command == "doctor":
         from . import doctor

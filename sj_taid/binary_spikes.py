@@ -88,17 +88,33 @@ class BinaryReport:
         may_read = bool(self.rows) and not self.rows[0].operation.endswith("not counted")
         return [row for row in self.rows[may_read:] if not row.is_spiking]
 
+    def _total(self) -> Operation:
+        """The sum of the rows."""
+        total = Operation("sum", "", [])
+        for row in self.rows:
+            for name in ("values", "ones", "additions", "macs"):
+                setattr(total, name, getattr(total, name) + getattr(row, name))
+        return total
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        return [row.cells() for row in (*self.rows, self._total())]
+
+    def to_markdown(self) -> str:
+        """The table in Markdown."""
+        lines = [_HEAD, ("---",) * len(_HEAD), *self._cells()]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
     def to_csv(self, path: str | Path) -> None:
         """Write the table."""
         temporary = Path(f"{path}.tmp")
         with temporary.open("w", encoding="utf-8", newline="") as file:
-            csv.writer(file).writerows([_HEAD, *(row.cells() for row in self.rows)])
+            csv.writer(file).writerows([_HEAD, *self._cells()])
         temporary.replace(path)
 
     def __str__(self) -> str:
         if not self.rows:
             return "nothing ran: call the net inside the with block"
-        listed = table(_HEAD, [row.cells() for row in self.rows])
+        listed = table(_HEAD, self._cells())
         others = ", ".join(f"{row.layer} ({row.operation})" for row in self.not_spiking)
         driven = f"not spike-driven: {others}" if others else "spike-driven but for the first input"
         return f"{listed}\nsum: {self.energy_pj / 1e6:.4g} µJ, {driven}"

@@ -75,11 +75,12 @@ class CalibrationReport:
             thresholds = f"{old.v_threshold:.4g} -> {new.v_threshold:.4g}"
             lines.append((row.layer or "net", rates, thresholds, row.note))
         listed = f"{head}\n{table(('layer', 'rate', 'threshold', 'note'), lines)}"
-        if not self.fixed_thresholds:
+        if not any(row.layer in self.fixed_thresholds and not row.note for row in self.rows):
             return listed
         return (
             f"{listed}\n{len(self.fixed_thresholds)} thresholds are no parameters and in no "
-            "state_dict: save report.fixed_thresholds with it, and after load_state_dict call "
+            "state_dict: sj_taid.swap_neurons(net) makes parameters of them; or save "
+            "report.fixed_thresholds with it, and after load_state_dict call "
             "sj_taid.calibration.set_fixed_thresholds(net, them); sj-taid train does both"
         )
 

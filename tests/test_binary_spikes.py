@@ -336,8 +336,15 @@ def test_net_of_spikes(tmp_path):
     report.to_csv(tmp_path / "energy.csv")
     with (tmp_path / "energy.csv").open() as file:
         rows = [*csv.DictReader(file)]
-    assert [row["layer"] for row in rows] == ["0", "4", "8"]
-    assert sum(float(row["energy_pj"]) for row in rows) == pytest.approx(report.energy_pj)
+    assert [row["layer"] for row in rows] == ["0", "4", "8", "sum"]
+    *parts, total = rows
+    for name in ("additions", "macs", "energy_pj"):
+        values = [float(row[name]) for row in parts]
+        assert float(total[name]) == pytest.approx(sum(values)), name
+    assert float(total["energy_pj"]) == pytest.approx(report.energy_pj)
+    head, _, *lines = report.to_markdown().splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in (head, *lines)]
+    assert [dict(zip(cells[0], line, strict=True)) for line in cells[1:]] == rows
     assert [path.name for path in tmp_path.iterdir()] == ["energy.csv"]
 
 

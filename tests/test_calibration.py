@@ -288,6 +288,13 @@ def test_calibrated_thresholds_are_saved_and_put_back(kinds, fixed, accelerated)
     assert torch.equal(fresh(x_seq), expected)
 
 
+def test_calibration_that_changed_nothing_asks_to_save_nothing():
+    net = nn.Sequential(nn.Linear(8, 8), LIF(v_threshold=math.inf, step_mode="m"))
+    report = calibrate(net, torch.rand(4, 8, 8))
+    assert report.missed and report.fixed_thresholds
+    assert "set_fixed_thresholds" not in str(report)
+
+
 @pytest.mark.parametrize("wrong", ["1.1.1", "1.0", "1.7.1", "stem", ""])
 def test_set_fixed_thresholds_refuses_other_names(wrong):
     """Those of an ALIF, of a module without a threshold, and of none."""

@@ -31,6 +31,9 @@ def test_wheel_holds_package_and_configs(tmp_path):
     files = {path.relative_to(ROOT).as_posix() for path in (ROOT / "sj_taid").rglob("*.*")}
     # conf in the package is a link, which rglob does not follow.
     files |= {f"sj_taid/{path.relative_to(ROOT)}" for path in (ROOT / "conf").rglob("*.yaml")}
+    page = zipfile.ZipFile(wheel).read(f"{about}METADATA").decode()
+    links = re.findall(r"]\(([^)\s]+)", page)
+    assert len(links) > 20 and all(link.startswith("https://") for link in links)
     left_out = re.compile(r"(?!.*/pretrained/).*README\.md|.*__pycache__.*")
     assert not names - files
     assert not [name for name in files - names if not left_out.fullmatch(name)]

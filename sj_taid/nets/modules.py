@@ -30,6 +30,10 @@ class Exchanged(Accelerated):
     def __init_subclass__(cls) -> None:
         """Leave out the hook of the net's class, which may keep a list of subclasses."""
 
+    def extra_repr(self) -> str:
+        kind: Any = self._taid_kind
+        return ", ".join(filter(None, (kind.extra_repr(self), "accelerated")))
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made when needed: copy and pickle would not find it by its name.
         return _new, (self._taid_kind, self._taid_mixin), self.__getstate__()

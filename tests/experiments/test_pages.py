@@ -123,3 +123,13 @@ def test_stored_runs_are_of_experiments_and_have_names_for_any_command_line():
         stored = json.loads(path.read_text())
         assert {"command", "commit", "machine", "evaluations", "choices"} <= stored.keys()
         assert compare.overrides(stored)["experiment"] == path.parent.name
+
+
+def test_bars_are_all_drawn_and_over_the_plain_net(tmp_path):
+    table = pages.rivals()
+    assert len(table) == 4 and {*table.columns.levels[1]} == {*pages.RIVALS}
+    assert not table.isna().any(axis=None) and (table.xs("SpikingJelly", level=1, axis=1) == 1).all(
+        axis=None
+    )
+    pages.draw_rivals(tmp_path / "bars.png")
+    assert (tmp_path / "bars.png").stat().st_size > 10_000

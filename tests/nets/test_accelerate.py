@@ -525,3 +525,13 @@ def test_a_norm_whose_tensors_do_not_fit_raises_torchs_error(name, value):
     setattr(net[1], name, value)
     with pytest.raises(RuntimeError):
         net(torch.rand(4, 3, 2, 2))
+
+
+def test_printed_net_says_what_is_accelerated():
+    nodes = ALIFNode(step_mode="m"), neuron.LIFNode(step_mode="m")
+    net = nn.Sequential(layer.BatchNorm1d(3, step_mode="m"), *nodes)
+    before = repr(net)
+    sj_taid.accelerate(net)
+    assert repr(net).count("accelerated") == 3
+    sj_taid.unaccelerate(net)
+    assert repr(net) == before

@@ -29,7 +29,12 @@ def train(sj_taid, tmp_path):
 
 
 def test_cli_usage(sj_taid, capsys):
-    for wrong, message in (([], "required: COMMAND"), (["trian"], "invalid choice: 'trian'")):
+    messages = {
+        (): "required: COMMAND",
+        ("trian",): "no command 'trian'; did you mean 'train'?",
+        ("xyz",): "invalid choice: 'xyz'",
+    }
+    for wrong, message in messages.items():
         with pytest.raises(SystemExit, match="2"):
             sj_taid(*wrong)
         assert message in capsys.readouterr().err

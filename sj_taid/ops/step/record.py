@@ -192,6 +192,7 @@ class Neuron:
             found = {n: t for n, t in home.items() if isinstance(t, Tensor)}
             self.tensors |= {n: t for n, t in found.items() if only is None or n in only}
 
+    @compat.quiet_triton()
     def read(self, shape: Sequence[int], notes: Notes) -> Reading:
         """The step for inputs of this shape; notes what it reads, up to where it cannot be read."""
         tensors = list(self.tensors.values())

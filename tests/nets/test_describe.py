@@ -1,0 +1,149 @@
+"""What is printed of a neuron is what it computes."""
+
+import inspect
+import re
+
+import pandas as pd
+import pytest
+import torch
+from spikingjelly.activation_based import neuron, surrogate
+from torch import nn
+
+import sj_taid
+from sj_taid import ALIFNode, describe
+from sj_taid._internal import compat
+
+NEEDED = {"LIAFNode": {"act": torch.relu, "threshold_related": True}}
+NEEDED["SimpleLIFNode"] = {"tau": 2.0, "decay_input": True}
+#: what no test here can build, or 0.0.0.0.14 itself cannot run
+LEFT_OUT = ("MPBNBaseNode", "MPBNLIFNode", *(() if compat.FUNCTIONAL_STATES else ("LIAFNode",)))
+KINDS = [
+    kind
+    for name, kind in sorted(vars(neuron).items())
+    if inspect.isclass(kind) and issubclass(kind, compat.NEURONS) and name not in LEFT_OUT
+]
+NODES = [(kind.__name__, lambda kind=kind: kind(**NEEDED.get(kind.__name__, {}))) for kind in KINDS]
+NODES += [
+    ("LIF, soft", lambda: neuron.LIFNode(3.0, decay_input=False, v_reset=None)),
+    ("PLIF, of other numbers", lambda: neuron.ParametricLIFNode(3.0, v_reset=-0.25)),
+    ("ALIF of channels", lambda: ALIFNode(channels=3, v_threshold=0.3)),
+    ("ALIF of counts", lambda: ALIFNode(levels=4, v_reset=None)),
+    ("ALIF of shares", lambda: ALIFNode(init_tau=None, levels=4, normalize=True)),
+]
+FUNCTIONS = {
+    **{name: getattr(torch, name) for name in ("where", "round", "relu", "exp", "sigmoid", "abs")},
+    **{name: getattr(torch, name) for name in ("floor", "sqrt", "sign", "tanh")},
+    "max": lambda a, b: torch.maximum(a, torch.as_tensor(b)),
+    "min": lambda a, b: torch.minimum(a, torch.as_tensor(b)),
+}
+
+
+def run(row, node, x, states):
+    """Run the equation of a row as it is written, in Python."""
+    names = {name: p.detach().view(-1, 1) for name, p in node.named_parameters()}
+    names |= {name: float(value) for name, value in re.findall(r"(\w+) = ([^,]+)", row.numbers)}
+    names |= FUNCTIONS | {"x": x} | states
+    for line in row.equation.split("; "):
+        name, _, text = line.replace("'", "_next").partition(" = ")
+        value = eval(text, names)
+        is_bool = isinstance(value, torch.Tensor) and value.dtype == torch.bool
+        names[name] = value.float() if is_bool else value
+    return names["s"], {
+        name: names[f"{name}_next"] for name in states if f"{name}'" in row.equation
+    }
+
+
+@pytest.mark.parametrize(("name", "make"), NODES, ids=[name for name, _ in NODES])
+def test_equation_computes_what_the_neuron_does(name, make):
+    node = make()
+    (row,) = describe(node).rows
+    if row.equation.startswith("not read: "):
+        assert len(row.equation) > 20 and not row.outputs
+        return
+    x = 3 * torch.rand(6, 2, 3, 5) - 0.5
+    first = compat.states_of(node).items()
+    states = {n: torch.full_like(x[0], v) for n, v in first if isinstance(v, float | int)}
+    for x_t in x:
+        expected = node(x_t)
+        s, states = run(row, node, x_t, states)
+        torch.testing.assert_close(s + torch.zeros(()), expected.detach())
+        for key, value in states.items():
+            now = torch.as_tensor(compat.states_of(node)[key]).expand_as(x_t).detach()
+            torch.testing.assert_close(value + torch.zeros(()), now)
+
+
+@pytest.mark.parametrize("attribute", ["tau", "v_threshold", "v_reset", "detach_reset"])
+def test_description_shows_what_differs(attribute):
+    one, other = (nn.Sequential(nn.Linear(3, 3), neuron.LIFNode(3.0)) for _ in range(2))
+    assert describe(one) == describe(other) and not describe(one).differences(describe(other))
+    setattr(other[1], attribute, True if attribute == "detach_reset" else 1.5)
+    assert describe(one) != describe(other)
+    lines = describe(one).differences(describe(other))
+    assert all(line.startswith("1: ") for line in lines)
+    assert any(f"{attribute} = " in line for line in lines)
+
+
+def test_surrogates_learned_numbers_and_classes_differ():
+    nodes = [
+        neuron.LIFNode(),
+        neuron.LIFNode(surrogate_function=surrogate.ATan()),
+        neuron.LIFNode(surrogate_function=surrogate.ATan(alpha=3.0)),
+        neuron.IFNode(),
+        ALIFNode(),
+        ALIFNode(init_tau=3.0),
+    ]
+    texts = [describe(node) for node in nodes]
+    assert all((a == b) == (i == j) for i, a in enumerate(texts) for j, b in enumerate(texts))
+
+
+def test_accelerated_net_has_the_same_description():
+    net = nn.Sequential(nn.Linear(3, 3), ALIFNode(step_mode="m"), neuron.LIFNode(step_mode="m"))
+    before = describe(net)
+    sj_taid.accelerate(net)
+    assert describe(net) == before
+
+
+def test_csv_and_print_fold_neurons_that_learned_other_numbers(tmp_path):
+    net = nn.Sequential(*(ALIFNode(v_threshold=v) for v in (0.5, 1.0, 1.5)), neuron.LIFNode())
+    found = describe(net)
+    found.to_csv(tmp_path / "neurons.csv")
+    table = pd.read_csv(tmp_path / "neurons.csv", keep_default_na=False)
+    assert table["layer"].tolist() == ["0, 1, 2", "3"]
+    assert "v_threshold: 3 values, 0.5 to 1.5" in table["learned"][0]
+    assert "layer      0 and 2 more" in str(found) and "4 neurons, 2 kinds" in str(found)
+
+
+@pytest.mark.parametrize("step_mode", ["s", "m"])
+def test_example_counts_steps_and_changes_nothing(step_mode):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.node = ALIFNode(step_mode=step_mode)
+
+        def forward(self, x_seq):
+            if step_mode == "m":
+                return self.node(x_seq)
+            return torch.stack([self.node(x) for x in x_seq])
+
+    net = Net()
+    assert describe(net, torch.rand(5, 2, 3)).steps == (5,)
+    assert net.node.v == 0.0 and not net.node._forward_pre_hooks
+    (line,) = describe(net, torch.rand(5, 2, 3)).differences(describe(net, torch.rand(6, 2, 3)))
+    assert line == "the example: T: T = 5 | T = 6"
+
+
+def test_neuron_that_is_not_read_says_why():
+    class Noisy(neuron.LIFNode):
+        def neuronal_charge(self, x):
+            self.v = x + torch.rand_like(x)
+
+        def single_step_functional_forward(self, inputs, states):
+            return (inputs[0] + torch.rand_like(inputs[0]),), states
+
+        def single_step_forward(self, x):
+            return x + torch.rand_like(x)
+
+    net = nn.Sequential(Noisy(), *([neuron.PSN(4)] if hasattr(neuron, "PSN") else []))
+    assert all(row.equation.startswith("not read: ") for row in describe(net).rows)
+    with pytest.raises(ValueError, match="no neuron"):
+        describe(nn.Linear(2, 2))
