@@ -133,32 +133,63 @@ def gains() -> pd.DataFrame:
     steps = steps.set_index(["step", "T"])
     held = read_csv("zoo").set_index("net").loc[["Spikformer"]]
     held = 1e3 * pd.concat({name: held[f"{name}_mb"] for name in ("before", "after")})
-    kinds, names = ["decoder", "seed"], ["fsvae", "celeba_esvae_cpu"]
-    runs = (load_frame([name], *CHOICES).query("epochs < 5").set_index(kinds) for name in names)
-    fsvae, faces = (each["reconstruction"] for each in runs)
-    alone = pd.read_csv(RESULTS / "image_decoders.csv").set_index(kinds)["error"]
-    digits = frame(load_runs("mnist_classifier_cpu"))[0].set_index(["neuron", "seed"])["accuracy"]
     sew = "SEW-ResNet-18, T = 8, 64 x 64, batch of 8"
-    small = "autoencoder of digits, T = 8, 8 x 8, batch of 64"
     published = "Spikformer as published, T = 4, 32 x 32, batch of 2"
-    mnist = "classifier of MNIST, T = 4, 28 x 28, batch of 64"
-    lif, taid = ("LIF", "LIF accelerate"), ("fixed", "taid")
+    paper = pd.read_csv(RESULTS / "published.csv").query("row == 'FSVAE' and metric == 'epochs'")
+    alone = pd.read_csv(RESULTS / "image_decoders.csv").rename(columns={"error": "reconstruction"})
+    fsvae = "FSVAE of MNIST, T = 16, bfloat16", decoded("fsvae")
+    digits = "FSVAE of digits, T = 8", decoded("digits_small_cpu")
+    small = "autoencoder of digits, T = 8", alone.assign(neuron="lif")
+    read = frame(load_runs("mnist_classifier_cpu"))[0].set_index(["neuron", "seed"])
+    mnist = f"classifier of MNIST, T = 4, {read['epochs'].max()} epochs"
+    lif = "LIF", "LIF accelerate"
     rows = [
-        ("`accelerate`: MB per sample", sew, steps["mb_per_sample"], *lif),
-        ("`accelerate`: ms of a training step", sew, steps["median_ms"], *lif),
-        ("`accelerate`: kB kept for backward", published, held, "before", "after"),
-        ("`TAID`: error", "FSVAE of MNIST, T = 16, 32 x 32, batch of 64", fsvae, *taid),
-        ("`TAID`: error", "ESVAE of faces, T = 8, 64 x 64, batch of 32", faces, *taid),
-        ("`TAID`: error", small, alone, *taid),
-        ("plain mean over time: error", small, alone, "fixed", "mean over time"),
-        ("`ALIFNode`: accuracy, %", mnist, digits, "lif", "alif"),
+        gain("`accelerate`: MB per sample", sew, steps["mb_per_sample"], *lif),
+        gain("`accelerate`: ms of a training step", sew, steps["median_ms"], *lif),
+        gain("`accelerate`: kB kept for backward", published, held, "before", "after"),
+        decoder_gain("`TAID`", *fsvae, "taid", f"of {paper['value'].max():g} "),
+        decoder_gain("weights times 0.07", *fsvae, "fixed, 0.07", f"of {paper['value'].max():g} "),
+        decoder_gain("`TAID`", *digits, "taid"),
+        decoder_gain("weights times 0.25", *digits, "fixed, 0.25"),
+        decoder_gain("`TAID`", "ESVAE of faces, T = 8", decoded("celeba_esvae_cpu"), "taid"),
+        decoder_gain("`TAID`", *small, "taid"),
+        decoder_gain("plain mean over time", *small, "mean over time"),
+        gain("`ALIFNode`: accuracy, %", mnist, read["accuracy"], "lif", "alif"),
     ]
-    return pd.DataFrame([gain(*row) for row in rows])
+    table = pd.DataFrame(rows).fillna("")
+    return table[[*table.columns.drop("seeds"), "seeds"]]
+
+
+def decoded(experiment: str) -> pd.DataFrame:
+    """The shortest runs of an experiment; ``decoder`` names another scale of the fixed one, too."""
+    runs = load_frame([experiment], *CHOICES, "decoder.scale")
+    runs = runs[runs["epochs"] == runs["epochs"].min()]
+    scales = runs.get("decoder.scale", pd.Series("default", runs.index))
+    kept = scales == "default"
+    return runs.assign(decoder=runs["decoder"].where(kept, runs["decoder"] + ", " + scales))
+
+
+def decoder_gain(
+    what: str, net: str, runs: pd.DataFrame, name: str, published: str = ""
+) -> dict[str, str]:
+    """A row of :func:`gains`: the error of an image decoder, with both FAD beside it."""
+    values = runs.set_index(["decoder", "neuron", "seed"])
+    ours = runs[runs["decoder"] == name]
+    neurons = ", ".join(ours["neuron"].str.upper().unique())
+    net = f"{net}, {neurons}, {ours['epochs'].max()} {published}epochs"
+    row = gain(f"{what}: error", net, values["reconstruction"], "fixed", name)
+    for fad, title in (("fad", "own FAD"), ("fad_published", "FAD as published")):
+        if fad in values:
+            measured = medians(values, fad).dropna()
+            fads = gain("", "", measured, "fixed", name)
+            few = f" ({fads['seeds'] or 1} pair)" if fads["seeds"] != row["seeds"] else ""
+            row[title] = fads["gain"] + few
+    return row
 
 
 def gain(what: str, net: str, values: pd.Series, theirs: str, ours: str) -> dict[str, str]:
     """A row of :func:`gains`: values by kind and seed of ``theirs``, of ``ours``, their change."""
-    before, after = values[theirs], values[ours]
+    before, after = values[theirs].align(values[ours], join="inner")
     column = METRICS["reconstruction"] if "error" in what else Column("", 1, 0)
     change = signed(100 * (after / before - 1), 0) + " %"
     if "accuracy" in what:
@@ -203,7 +234,8 @@ def decoders() -> pd.DataFrame:
     titles = {"reconstruction": "error, %", "fad": "own FAD, %", "fad_published": "FAD, %"}
     for metric, title in titles.items():
         pairs[title] = 100 * (pairs[metric] / pairs[f"{metric} before"] - 1)
-    pairs.loc[pairs["FAD, %"].notna(), "own FAD, %"] = float("nan")  # of different protocols
+    other = pairs["fad protocol"] != pairs["fad protocol before"]
+    pairs.loc[other, "own FAD, %"] = float("nan")
     groups = pairs.groupby(["experiment", "epochs", "decoder"])
     table = groups[[*titles.values()]].agg(signed).assign(pairs=groups.size())
     return table.reset_index().astype(str)
@@ -334,6 +366,7 @@ def read_neuron(kind: Any) -> tuple[str, str]:
 TABLES: dict[str, Callable[[], Any]] = {
     **{f.__name__: f for f in (gains, generators, decoders, start_map, classes, recipes)},
     **{f.__name__: f for f in (models, memory, neurons_read)},
+    "taid": lambda: gains().query("net.str.contains('epochs') and what.str.contains('error')"),
     "zoo": partial(show, "zoo", "written net norms fused left before_mb after_mb ratio"),
     "host": partial(show, "host", "what shape system cpu_us cpu_ratio", "system != 'plain'"),
     "neurons": partial(

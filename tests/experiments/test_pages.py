@@ -31,16 +31,18 @@ def test_store_names_runs_by_their_choices(runs, tmp_path):
 # ---- the tables ----
 
 
-def single(decoder, neuron, seed, error, *more):
+def single(decoder, neuron, seed, error, *more, fad=1.0, by="one autoencoder"):
     choices = {"decoder": decoder, "neuron": neuron}
     words = ["experiment=mnist_esvae_cpu", *(f"{k}={v}" for k, v in choices.items()), *more]
-    return metrics(words, choices, seed, reconstruction=error, fad_published=2 * error, fad=1.0)
+    figures = {"reconstruction": error, "fad_published": 2 * error, "fad": fad}
+    return metrics(words, choices, seed, **figures) | {"protocol": {"fad": by}}
 
 
 def test_decoders_are_compared_by_runs_of_one_seed_and_neuron(monkeypatch):
     runs = [
-        *(single("fixed", "lif", 0, 2.0), single("taid", "lif", 0, 1.0)),
-        *(single("fixed", "lif", 1, 4.0), single("taid", "lif", 1, 5.0)),
+        *(single("fixed", "lif", 0, 2.0), single("taid", "lif", 0, 1.0, fad=1.5)),
+        # own FAD of another autoencoder
+        *(single("fixed", "lif", 1, 4.0), single("taid", "lif", 1, 5.0, fad=9.0, by="another")),
         *(single("taid", "alif", 0, 9.0), single("fixed", "plif", 0, 9.0)),
         single("taid", "lif", 1, 9.0, "model.latent_channels=128"),  # of other choices
     ]
@@ -48,8 +50,23 @@ def test_decoders_are_compared_by_runs_of_one_seed_and_neuron(monkeypatch):
     monkeypatch.setattr(pages, "load_runs", lambda name: runs)
     table = pages.decoders().drop(columns="epochs")
     assert table.to_numpy().tolist() == [
-        ["mnist_esvae_cpu", "taid", "-12.5 ± 53.0", "", "-12.5 ± 53.0", "2"]
+        ["mnist_esvae_cpu", "taid", "-12.5 ± 53.0", "+50.0", "-12.5 ± 53.0", "2"]
     ]
+
+
+def test_a_gain_in_error_has_both_fads_of_the_same_runs_beside_it():
+    runs = [
+        *(single("fixed", "lif", 0, 2.0, fad=2.0), single("taid", "lif", 0, 1.0, fad=3.0)),
+        *(single("fixed", "alif", 0, 4.0, fad=2.0), single("taid", "alif", 0, 2.0, fad=3.0)),
+        single("fixed", "lif", 1, 9.0, fad=9.0),  # without a partner
+    ]
+    table = compare.frame(runs)[0]
+    row = pages.decoder_gain("TAID", "a net", table, "taid")
+    assert (row["before"], row["gain"], row["own FAD"]) == ("3.0000 ± 1.4142", "-50 %", "+50 %")
+    assert row["net"] == "a net, LIF, ALIF, 2 epochs" and row["seeds"] == "2"
+    table.loc[0, "fad_published"] = None
+    row = pages.decoder_gain("TAID", "a net", table, "taid")
+    assert row["FAD as published"] == "-50 % (1 pair)"
 
 
 def test_start_map_counts_the_starts_near_the_best(tmp_path, monkeypatch):
