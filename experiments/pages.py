@@ -11,6 +11,7 @@ import argparse
 import inspect
 import json
 import re
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
@@ -29,7 +30,7 @@ from sj_taid.ops.step.record import Neuron, Notes
 from sj_taid.pretrained import list_models, read_config
 from sj_taid.training import compare
 from sj_taid.training.compare import METRICS, Column, Metrics, frame, markdown, overrides, summary
-from sj_taid.training.config import folder_name
+from sj_taid.training.config import folder_name, key_of
 from sj_taid.training.files import atomic_write
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,21 +53,23 @@ OURS = {
     "training images' rates, decoded": "_perfect",
     "training images": "_floor",
 }
-#: Metrics of stored runs alone, as of 7b2f8a0, and a cost.
-STORED = {
-    "features": Column("Fréchet distance, EfficientNet-Lite0 ↓", 1, 2),
-    "features_learned": Column("Fréchet distance, EfficientNet-Lite0, learned prior ↓", 1, 2),
-    "fad_published_median": Column("FAD as published, median of draws ↓", 1, 2),
-}
+#: A metric of stored runs alone.
+STORED = {"fad_published_median": Column("FAD as published, median of draws ↓", 1, 2)}
 METRICS.update(STORED)
-compare.COLUMNS.update(STORED, energy=Column("energy of a sample, µJ", 1, 2, spread=False))
+compare.COLUMNS.update(STORED)
+#: What no config has any more; it changed no net.
+GONE = {"metric.features"}
+#: Where the images of ``dataset=image_folder`` were, by the beginnings of experiments' names.
+FOLDERS = {"cifar10": "cifar10", "celeba": "faces"}
 #: The metrics in the list of models.
 ON_CARD = ("accuracy", "reconstruction", "fad", "fad_published_median", "fad_recall")
 #: The choices of the generators that are compared; they differ in decoder and neuron alone.
 CHOICES = [
     *("decoder", "neuron", "dataset", "dataset.batch_size", "dataset.image_size"),
-    *("dataset.num_workers", "metric.features", "trainer.max_epochs", "trainer.precision"),
+    *("dataset.num_workers", "trainer.max_epochs", "trainer.precision"),
 ]
+#: The groups that a table names where all its rows have one choice.
+SHOWN = ("dataset", "model", "decoder", "neuron", "surrogate", "loss", "optimizer")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -113,7 +116,10 @@ def fill(page: Path) -> str:
 def load_runs(experiment: str, results: Path = RESULTS) -> list[Metrics]:
     """The metrics of an experiment's runs."""
     paths = sorted((results / "runs" / experiment).glob("*.json"))
-    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    runs = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    for run in runs:
+        run["overrides"] = [word for word in run["overrides"] if key_of(word) not in GONE]
+    return runs
 
 
 def experiments() -> list[str]:
@@ -275,17 +281,49 @@ def classes() -> pd.DataFrame:
 
 
 def recipes() -> str:
-    """A table for each experiment, over seeds."""
+    """A table for each experiment, over seeds, with the command and the choices of all its rows."""
     sections = []
-    gone = pd.read_csv(RESULTS / "recipes.csv", index_col="experiment")
     for name in experiments():
-        if name in gone.index:
-            comment = "{description}\n\n`sj-taid train {command}`".format(**gone.loc[name])
-        else:
-            config = (ROOT / "conf" / "experiment" / f"{name}.yaml").read_text(encoding="utf-8")
-            comment = "\n".join(re.findall(r"^# ([^@].*)", config, re.M))
-        sections.append(f"### `{name}`\n\n{comment}\n\n{markdown(summary(load_runs(name)))}")
+        runs = load_runs(name)
+        comment, words = recipe(name)
+        given = [choices_of(name, run) for run in runs]
+        shared = [word for word in given[0] if all(word in others for others in given)]
+        line = shlex.join(join(words, shared))
+        kinds = {key: {run["choices"].get(key) for run in runs} - {None} for key in SHOWN}
+        common = [f"{key} {kind.pop()}" for key, kind in kinds.items() if len(kind) == 1]
+        common += sorted({run["machine"] for run in runs})
+        if not all(run.get("protocol") for run in runs):
+            common.append("no protocol stored")
+        sections.append(
+            f"### `{name}`\n\n{comment}\n\n{markdown(summary(runs))}\n"
+            f"`sj-taid train {line}`\n\nCommon to all rows: {'; '.join(common)}.\n"
+        )
     return "\n".join(sections)
+
+
+def recipe(name: str) -> tuple[str, list[str]]:
+    """What an experiment is, and the command line of today's configs that chooses it."""
+    gone = pd.read_csv(RESULTS / "recipes.csv", index_col="experiment")
+    if name in gone.index:
+        row = gone.loc[name]
+        return row["description"], shlex.split(row["command"].removeprefix("-m "))
+    config = (ROOT / "conf" / "experiment" / f"{name}.yaml").read_text(encoding="utf-8")
+    return "\n".join(re.findall(r"^# ([^@].*)", config, re.M)), [f"experiment={name}"]
+
+
+def choices_of(name: str, run: Metrics) -> list[str]:
+    """What an experiment's run chose besides it, with the folders of its images."""
+    given = [word for word in run["overrides"] if key_of(word) != "experiment"]
+    if "dataset=image_folder" in given:
+        folder = next(folder for start, folder in FOLDERS.items() if name.startswith(start))
+        given += [f"dataset.root={folder}/train", f"dataset.test_root={folder}/test"]
+    return given
+
+
+def join(words: Sequence[str], later: Sequence[str]) -> list[str]:
+    """A command line with further words, which replace those of their keys."""
+    keys = {key_of(word) for word in later}
+    return [word for word in words if key_of(word) not in keys] + [*later]
 
 
 def models() -> pd.DataFrame:

@@ -12,6 +12,7 @@ from spikingjelly.activation_based import neuron
 import sj_taid
 from sj_taid._internal import compat
 from sj_taid.training import compare
+from sj_taid.training.config import compose
 from tests.training.conftest import CONF, metrics
 
 # ---- the store ----
@@ -129,6 +130,23 @@ def test_accelerate_does_what_the_table_of_neurons_says(kind):
 def test_published_values_have_a_source():
     published = pd.read_csv(pages.RESULTS / "published.csv")
     assert published["source"].notna().all() and (published["value"] > 0).all()
+
+
+@pytest.mark.slow  # composes a hundred configs
+@pytest.mark.parametrize("name", pages.experiments())
+def test_stored_runs_can_be_had_again_by_todays_configs(name):
+    """By the words of their table and row: the same parts, for as many epochs."""
+    lines = {}
+    for stored in pages.load_runs(name):
+        words = pages.join(pages.recipe(name)[1], pages.choices_of(name, stored))
+        lines[(*(word for word in words if pages.key_of(word) != "seed"),)] = stored
+    for words, stored in lines.items():
+        cfg = compose("train", words, return_hydra_config=True)
+        chosen = cfg.hydra.runtime.choices
+        told = {key: kind for key, kind in stored["choices"].items() if key in pages.SHOWN and kind}
+        assert told.items() <= dict(chosen).items(), words
+        stops = "enough" in (cfg.callbacks or {})  # before, where it is good enough
+        assert stored["epochs"] == cfg.trainer.max_epochs or stops, words
 
 
 def test_stored_runs_are_of_experiments_and_have_names_for_any_command_line():
