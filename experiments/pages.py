@@ -21,6 +21,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
 from spikingjelly.activation_based import neuron
 from torch import nn
 
@@ -32,6 +33,7 @@ from sj_taid.training import compare
 from sj_taid.training.compare import METRICS, Column, Metrics, frame, markdown, overrides, summary
 from sj_taid.training.config import folder_name, key_of
 from sj_taid.training.files import atomic_write
+from sj_taid.training.plot import save
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
@@ -81,6 +83,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for page in PAGES:
         with atomic_write(page) as temporary:
             temporary.write_text(fill(page), encoding="utf-8")
+    save(energy(), ROOT / "docs" / "images" / "energy.png")
+
+
+def energy() -> Figure:
+    """Bars of the energy of an image by layer, a colour for each of two classifiers."""
+    rows = pd.read_csv(RESULTS / "energy.csv").query("nj > 0")
+    figure = Figure((7, 3.6), layout="tight")
+    axis = figure.subplots()
+    sums = rows.groupby("net", sort=False)["nj"].transform("sum") / 1e3
+    names = rows["net"].replace(r"(counts .*)", r"\1, fixed threshold", regex=True)
+    names += (100 * rows["accuracy"]).map(": {:.1f} % right, ".format)
+    names += sums.map("{:.2f} µJ in all".format)
+    table = rows.assign(net=names).pivot_table("nj", "layer", "net", sort=False)
+    table.plot.bar(ax=axis, rot=20)
+    axis.set(xlabel="", ylabel="energy of an image, nJ")
+    axis.legend(title=None)
+    return figure
 
 
 def store(finished: Mapping[Path, Metrics], results: Path = RESULTS) -> Iterator[str]:

@@ -124,6 +124,16 @@ def test_accelerate_does_what_the_table_of_neurons_says(kind):
     assert reason.rstrip(": ") == notes.get(said, said.removeprefix("not read: "))
 
 
+def test_energy_has_the_sum_and_the_accuracy_of_each_net():
+    axis = pages.energy().axes[0]
+    rows = pd.read_csv(pages.RESULTS / "energy.csv").groupby("net", sort=False)
+    told = [text.get_text() for text in axis.get_legend().get_texts()]
+    for line, bars, (_, net) in zip(told, axis.containers, rows, strict=True):
+        assert f"{sum(bar.get_height() for bar in bars) / 1e3:.2f} µJ" in line
+        assert f"{net['nj'].sum() / 1e3:.2f} µJ" in line
+        assert f"{100 * net['accuracy'].iloc[0]:.1f} % right" in line
+
+
 # ---- the committed results ----
 
 
