@@ -231,21 +231,30 @@ def medians(runs: pd.DataFrame, metric: str, ending: str = "") -> pd.Series:
 
 
 def generators() -> pd.DataFrame:
-    """FAD as published of the papers' generators and of our longest runs."""
-    fads = pd.read_csv(RESULTS / "published.csv").query("metric == 'fad_published'")
+    """FAD as published of the papers' generators and of our longest runs, with what is known."""
+    published = pd.read_csv(RESULTS / "published.csv").query("task == 'generation'")
+    fads = published.query("metric == 'fad_published'")
     papers = fads.pivot(index=["row", "source"], columns="dataset", values="value")
     table = papers.map("{:g}".format).replace("nan", "").reset_index("source")
+    epochs = published.query("metric == 'epochs'").groupby("row")["value"].max()
+    table["epochs"] = epochs.map("{:g}".format)
     runs = load_frame([f"{name}_esvae_sharper" for name in DATASETS], *CHOICES)
     runs = runs.query("neuron == 'alif' and epochs == epochs.max()")
     for name, ending in OURS.items():
         groups = medians(runs, "fad_published", ending).groupby(runs["dataset"])
         values = {dataset: METRICS["fad_published"].text(part) for dataset, part in groups}
         table.loc[name] = {"source": "this project", **values}
+        if name.startswith("our"):
+            millions = f"{runs['parameters'].max() / 1e6:.1f}"
+            costs = {"epochs": f"{runs['epochs'].max():g}", "parameters, M": millions}
+            table.loc[name, [*costs]] = [*costs.values()]
     cards = [read_config(name)["metrics"] for name in list_models()]
     for name, metric in (("samples", "fad_published_median"), ("rates", "fad_published_perfect")):
         values = {c["choices"]["dataset"]: f"{c[metric]:.2f}" for c in cards if metric in c}
         table.loc[f"the package's ESVAE, {name}"] = {"source": "this project", **values}
-    shown = table[[*DATASETS, "source"]].rename(columns=DATASETS).fillna("")
+    shown = (
+        table[[*DATASETS, "epochs", "parameters, M", "source"]].rename(columns=DATASETS).fillna("")
+    )
     return shown.rename_axis("FAD as published ↓", axis="index").reset_index()
 
 
