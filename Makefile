@@ -53,7 +53,7 @@ fuzz: install ## Test 2,000 random calls of the neuron and 2,000 random nets; mi
 docs: install ## Make HTML in build/docs
 	$(BIN)/sphinx-build -E -W --keep-going docs build/docs
 
-tables: install ## Fill the tables of README, RESULTS and docs from the results
+tables: install ## Fill the tables of README, RESULTS and docs from the results, and draw energy.png
 	$(BIN)/python experiments/pages.py
 
 lint: install ## Lint and type check

@@ -11,6 +11,7 @@ import argparse
 import inspect
 import json
 import re
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
@@ -21,6 +22,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
 from spikingjelly.activation_based import neuron
 from torch import nn
 
@@ -30,8 +32,9 @@ from sj_taid.ops.step.record import Neuron, Notes
 from sj_taid.pretrained import list_models, read_config
 from sj_taid.training import compare
 from sj_taid.training.compare import METRICS, Column, Metrics, frame, markdown, overrides, summary
-from sj_taid.training.config import folder_name
+from sj_taid.training.config import folder_name, key_of
 from sj_taid.training.files import atomic_write
+from sj_taid.training.plot import save
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
@@ -53,21 +56,23 @@ OURS = {
     "training images' rates, decoded": "_perfect",
     "training images": "_floor",
 }
-#: Metrics of stored runs alone, as of 7b2f8a0, and a cost.
-STORED = {
-    "features": Column("Fréchet distance, EfficientNet-Lite0 ↓", 1, 2),
-    "features_learned": Column("Fréchet distance, EfficientNet-Lite0, learned prior ↓", 1, 2),
-    "fad_published_median": Column("FAD as published, median of draws ↓", 1, 2),
-}
+#: A metric of stored runs alone.
+STORED = {"fad_published_median": Column("FAD as published, median of draws ↓", 1, 2)}
 METRICS.update(STORED)
-compare.COLUMNS.update(STORED, energy=Column("energy of a sample, µJ", 1, 2, spread=False))
+compare.COLUMNS.update(STORED)
+#: What no config has any more; it changed no net.
+GONE = {"metric.features"}
+#: Where the images of ``dataset=image_folder`` were, by the beginnings of experiments' names.
+FOLDERS = {"cifar10": "cifar10", "celeba": "faces"}
 #: The metrics in the list of models.
 ON_CARD = ("accuracy", "reconstruction", "fad", "fad_published_median", "fad_recall")
 #: The choices of the generators that are compared; they differ in decoder and neuron alone.
 CHOICES = [
     *("decoder", "neuron", "dataset", "dataset.batch_size", "dataset.image_size"),
-    *("dataset.num_workers", "metric.features", "trainer.max_epochs", "trainer.precision"),
+    *("dataset.num_workers", "trainer.max_epochs", "trainer.precision"),
 ]
+#: The groups that a table names where all its rows have one choice.
+SHOWN = ("dataset", "model", "decoder", "neuron", "surrogate", "loss", "optimizer")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -79,6 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for page in PAGES:
         with atomic_write(page) as temporary:
             temporary.write_text(fill(page), encoding="utf-8")
+    save(energy(), ROOT / "docs" / "images" / "energy.png")
     draw_rivals(ROOT / "docs" / "images" / "memory-time.png")
 
 
@@ -119,6 +125,22 @@ def draw_rivals(path: Path) -> None:
     plt.close(figure)
 
 
+def energy() -> Figure:
+    """Bars of the energy of an image by layer, a colour for each of two classifiers."""
+    rows = pd.read_csv(RESULTS / "energy.csv").query("nj > 0")
+    figure = Figure((7, 3.6), layout="tight")
+    axis = figure.subplots()
+    sums = rows.groupby("net", sort=False)["nj"].transform("sum") / 1e3
+    names = rows["net"].replace(r"(counts .*)", r"\1, fixed threshold", regex=True)
+    names += (100 * rows["accuracy"]).map(": {:.1f} % right, ".format)
+    names += sums.map("{:.2f} µJ in all".format)
+    table = rows.assign(net=names).pivot_table("nj", "layer", "net", sort=False)
+    table.plot.bar(ax=axis, rot=20)
+    axis.set(xlabel="", ylabel="energy of an image, nJ")
+    axis.legend(title=None)
+    return figure
+
+
 def store(finished: Mapping[Path, Metrics], results: Path = RESULTS) -> Iterator[str]:
     """Copy the metrics of experiments' runs into results; yields a line for each."""
     for folder, metrics in finished.items():
@@ -152,7 +174,10 @@ def fill(page: Path) -> str:
 def load_runs(experiment: str, results: Path = RESULTS) -> list[Metrics]:
     """The metrics of an experiment's runs."""
     paths = sorted((results / "runs" / experiment).glob("*.json"))
-    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    runs = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    for run in runs:
+        run["overrides"] = [word for word in run["overrides"] if key_of(word) not in GONE]
+    return runs
 
 
 def experiments() -> list[str]:
@@ -172,32 +197,63 @@ def gains() -> pd.DataFrame:
     steps = steps.set_index(["step", "T"])
     held = read_csv("zoo").set_index("net").loc[["Spikformer"]]
     held = 1e3 * pd.concat({name: held[f"{name}_mb"] for name in ("before", "after")})
-    kinds, names = ["decoder", "seed"], ["fsvae", "celeba_esvae_cpu"]
-    runs = (load_frame([name], *CHOICES).query("epochs < 5").set_index(kinds) for name in names)
-    fsvae, faces = (each["reconstruction"] for each in runs)
-    alone = pd.read_csv(RESULTS / "image_decoders.csv").set_index(kinds)["error"]
-    digits = frame(load_runs("mnist_classifier_cpu"))[0].set_index(["neuron", "seed"])["accuracy"]
     sew = "SEW-ResNet-18, T = 8, 64 x 64, batch of 8"
-    small = "autoencoder of digits, T = 8, 8 x 8, batch of 64"
     published = "Spikformer as published, of width 16, T = 4, 32 x 32, batch of 2"
-    mnist = "classifier of MNIST, T = 4, 28 x 28, batch of 64"
-    lif, taid = ("LIF", "LIF accelerate"), ("fixed", "taid")
+    paper = pd.read_csv(RESULTS / "published.csv").query("row == 'FSVAE' and metric == 'epochs'")
+    alone = pd.read_csv(RESULTS / "image_decoders.csv").rename(columns={"error": "reconstruction"})
+    fsvae = "FSVAE of MNIST, T = 16, bfloat16", decoded("fsvae")
+    digits = "FSVAE of digits, T = 8", decoded("digits_small_cpu")
+    small = "autoencoder of digits, T = 8", alone.assign(neuron="lif")
+    read = frame(load_runs("mnist_classifier_cpu"))[0].set_index(["neuron", "seed"])
+    mnist = f"classifier of MNIST, T = 4, {read['epochs'].max()} epochs"
+    lif = "LIF", "LIF accelerate"
     rows = [
-        ("`accelerate`: MB per sample", sew, steps["mb_per_sample"], *lif),
-        ("`accelerate`: ms of a training step", sew, steps["median_ms"], *lif),
-        ("`accelerate`: kB kept for backward", published, held, "before", "after"),
-        ("`TAID`: error", "FSVAE of MNIST, T = 16, 32 x 32, batch of 64", fsvae, *taid),
-        ("`TAID`: error", "ESVAE of faces, T = 8, 64 x 64, batch of 32", faces, *taid),
-        ("`TAID`: error", small, alone, *taid),
-        ("plain mean over time: error", small, alone, "fixed", "mean over time"),
-        ("`ALIFNode`: accuracy, %", mnist, digits, "lif", "alif"),
+        gain("`accelerate`: MB per sample", sew, steps["mb_per_sample"], *lif),
+        gain("`accelerate`: ms of a training step", sew, steps["median_ms"], *lif),
+        gain("`accelerate`: kB kept for backward", published, held, "before", "after"),
+        decoder_gain("`TAID`", *fsvae, "taid", f"of {paper['value'].max():g} "),
+        decoder_gain("weights times 0.07", *fsvae, "fixed, 0.07", f"of {paper['value'].max():g} "),
+        decoder_gain("`TAID`", *digits, "taid"),
+        decoder_gain("weights times 0.25", *digits, "fixed, 0.25"),
+        decoder_gain("`TAID`", "ESVAE of faces, T = 8", decoded("celeba_esvae_cpu"), "taid"),
+        decoder_gain("`TAID`", *small, "taid"),
+        decoder_gain("plain mean over time", *small, "mean over time"),
+        gain("`ALIFNode`: accuracy, %", mnist, read["accuracy"], "lif", "alif"),
     ]
-    return pd.DataFrame([gain(*row) for row in rows])
+    table = pd.DataFrame(rows).fillna("")
+    return table[[*table.columns.drop("seeds"), "seeds"]]
+
+
+def decoded(experiment: str) -> pd.DataFrame:
+    """The shortest runs of an experiment; ``decoder`` names another scale of the fixed one, too."""
+    runs = load_frame([experiment], *CHOICES, "decoder.scale")
+    runs = runs[runs["epochs"] == runs["epochs"].min()]
+    scales = runs.get("decoder.scale", pd.Series("default", runs.index))
+    kept = scales == "default"
+    return runs.assign(decoder=runs["decoder"].where(kept, runs["decoder"] + ", " + scales))
+
+
+def decoder_gain(
+    what: str, net: str, runs: pd.DataFrame, name: str, published: str = ""
+) -> dict[str, str]:
+    """A row of :func:`gains`: the error of an image decoder, with both FAD beside it."""
+    values = runs.set_index(["decoder", "neuron", "seed"])
+    ours = runs[runs["decoder"] == name]
+    neurons = ", ".join(ours["neuron"].str.upper().unique())
+    net = f"{net}, {neurons}, {ours['epochs'].max()} {published}epochs"
+    row = gain(f"{what}: error", net, values["reconstruction"], "fixed", name)
+    for fad, title in (("fad", "own FAD"), ("fad_published", "FAD as published")):
+        if fad in values:
+            measured = medians(values, fad).dropna()
+            fads = gain("", "", measured, "fixed", name)
+            few = f" ({fads['seeds'] or 1} pair)" if fads["seeds"] != row["seeds"] else ""
+            row[title] = fads["gain"] + few
+    return row
 
 
 def gain(what: str, net: str, values: pd.Series, theirs: str, ours: str) -> dict[str, str]:
     """A row of :func:`gains`: values by kind and seed of ``theirs``, of ``ours``, their change."""
-    before, after = values[theirs], values[ours]
+    before, after = values[theirs].align(values[ours], join="inner")
     column = METRICS["reconstruction"] if "error" in what else Column("", 1, 0)
     change = signed(100 * (after / before - 1), 0) + " %"
     if "accuracy" in what:
@@ -214,21 +270,30 @@ def medians(runs: pd.DataFrame, metric: str, ending: str = "") -> pd.Series:
 
 
 def generators() -> pd.DataFrame:
-    """FAD as published of the papers' generators and of our longest runs."""
-    fads = pd.read_csv(RESULTS / "published.csv").query("metric == 'fad_published'")
+    """FAD as published of the papers' generators and of our longest runs, with what is known."""
+    published = pd.read_csv(RESULTS / "published.csv").query("task == 'generation'")
+    fads = published.query("metric == 'fad_published'")
     papers = fads.pivot(index=["row", "source"], columns="dataset", values="value")
     table = papers.map("{:g}".format).replace("nan", "").reset_index("source")
+    epochs = published.query("metric == 'epochs'").groupby("row")["value"].max()
+    table["epochs"] = epochs.map("{:g}".format)
     runs = load_frame([f"{name}_esvae_sharper" for name in DATASETS], *CHOICES)
     runs = runs.query("neuron == 'alif' and epochs == epochs.max()")
     for name, ending in OURS.items():
         groups = medians(runs, "fad_published", ending).groupby(runs["dataset"])
         values = {dataset: METRICS["fad_published"].text(part) for dataset, part in groups}
         table.loc[name] = {"source": "this project", **values}
+        if name.startswith("our"):
+            millions = f"{runs['parameters'].max() / 1e6:.1f}"
+            costs = {"epochs": f"{runs['epochs'].max():g}", "parameters, M": millions}
+            table.loc[name, [*costs]] = [*costs.values()]
     cards = [read_config(name)["metrics"] for name in list_models()]
     for name, metric in (("samples", "fad_published_median"), ("rates", "fad_published_perfect")):
         values = {c["choices"]["dataset"]: f"{c[metric]:.2f}" for c in cards if metric in c}
         table.loc[f"the package's ESVAE, {name}"] = {"source": "this project", **values}
-    shown = table[[*DATASETS, "source"]].rename(columns=DATASETS).fillna("")
+    shown = (
+        table[[*DATASETS, "epochs", "parameters, M", "source"]].rename(columns=DATASETS).fillna("")
+    )
     return shown.rename_axis("FAD as published ↓", axis="index").reset_index()
 
 
@@ -242,7 +307,8 @@ def decoders() -> pd.DataFrame:
     titles = {"reconstruction": "error, %", "fad": "own FAD, %", "fad_published": "FAD, %"}
     for metric, title in titles.items():
         pairs[title] = 100 * (pairs[metric] / pairs[f"{metric} before"] - 1)
-    pairs.loc[pairs["FAD, %"].notna(), "own FAD, %"] = float("nan")  # of different protocols
+    other = pairs["fad protocol"] != pairs["fad protocol before"]
+    pairs.loc[other, "own FAD, %"] = float("nan")
     groups = pairs.groupby(["experiment", "epochs", "decoder"])
     table = groups[[*titles.values()]].agg(signed).assign(pairs=groups.size())
     return table.reset_index().astype(str)
@@ -282,17 +348,49 @@ def classes() -> pd.DataFrame:
 
 
 def recipes() -> str:
-    """A table for each experiment, over seeds."""
+    """A table for each experiment, over seeds, with the command and the choices of all its rows."""
     sections = []
-    gone = pd.read_csv(RESULTS / "recipes.csv", index_col="experiment")
     for name in experiments():
-        if name in gone.index:
-            comment = "{description}\n\n`sj-taid train {command}`".format(**gone.loc[name])
-        else:
-            config = (ROOT / "conf" / "experiment" / f"{name}.yaml").read_text(encoding="utf-8")
-            comment = "\n".join(re.findall(r"^# ([^@].*)", config, re.M))
-        sections.append(f"### `{name}`\n\n{comment}\n\n{markdown(summary(load_runs(name)))}")
+        runs = load_runs(name)
+        comment, words = recipe(name)
+        given = [choices_of(name, run) for run in runs]
+        shared = [word for word in given[0] if all(word in others for others in given)]
+        line = shlex.join(join(words, shared))
+        kinds = {key: {run["choices"].get(key) for run in runs} - {None} for key in SHOWN}
+        common = [f"{key} {kind.pop()}" for key, kind in kinds.items() if len(kind) == 1]
+        common += sorted({run["machine"] for run in runs})
+        if not all(run.get("protocol") for run in runs):
+            common.append("no protocol stored")
+        sections.append(
+            f"### `{name}`\n\n{comment}\n\n{markdown(summary(runs))}\n"
+            f"`sj-taid train {line}`\n\nCommon to all rows: {'; '.join(common)}.\n"
+        )
     return "\n".join(sections)
+
+
+def recipe(name: str) -> tuple[str, list[str]]:
+    """What an experiment is, and the command line of today's configs that chooses it."""
+    gone = pd.read_csv(RESULTS / "recipes.csv", index_col="experiment")
+    if name in gone.index:
+        row = gone.loc[name]
+        return row["description"], shlex.split(row["command"].removeprefix("-m "))
+    config = (ROOT / "conf" / "experiment" / f"{name}.yaml").read_text(encoding="utf-8")
+    return "\n".join(re.findall(r"^# ([^@].*)", config, re.M)), [f"experiment={name}"]
+
+
+def choices_of(name: str, run: Metrics) -> list[str]:
+    """What an experiment's run chose besides it, with the folders of its images."""
+    given = [word for word in run["overrides"] if key_of(word) != "experiment"]
+    if "dataset=image_folder" in given:
+        folder = next(folder for start, folder in FOLDERS.items() if name.startswith(start))
+        given += [f"dataset.root={folder}/train", f"dataset.test_root={folder}/test"]
+    return given
+
+
+def join(words: Sequence[str], later: Sequence[str]) -> list[str]:
+    """A command line with further words, which replace those of their keys."""
+    keys = {key_of(word) for word in later}
+    return [word for word in words if key_of(word) not in keys] + [*later]
 
 
 def models() -> pd.DataFrame:
@@ -375,6 +473,7 @@ def read_neuron(kind: Any) -> tuple[str, str]:
 TABLES: dict[str, Callable[[], Any]] = {
     **{f.__name__: f for f in (gains, generators, decoders, start_map, classes, recipes)},
     **{f.__name__: f for f in (models, memory, neurons_read)},
+    "taid": lambda: gains().query("net.str.contains('epochs') and what.str.contains('error')"),
     "zoo": partial(show, "zoo", "written net norms fused left before_mb after_mb ratio"),
     "host": partial(show, "host", "what shape system cpu_us cpu_ratio", "system != 'plain'"),
     "neurons": partial(

@@ -70,7 +70,7 @@ def test_yaml_block_composes(block, tmp_path):
 def commands():
     """Every line of a console, and every command in the text."""
     programs = "python3? |sj-taid |make |pip |pytest |torchrun "
-    for page in GUIDES:
+    for page in [*GUIDES, *RESULTS]:
         lines = re.findall(rf"^\$ (.*)$|`((?:{programs})[^`|]*)`", read(page), re.M)
         for line in dict.fromkeys(map("".join, lines)):
             # The reader fills in <day>.

@@ -43,3 +43,16 @@ def test_version_is_the_same_everywhere():
     heading = re.search(r"^## (\S+)", read("CHANGELOG.md"), re.M)
     citation = yaml.safe_load(read("CITATION.cff"))
     assert heading[1] == citation["version"] == sj_taid.__version__
+
+
+def test_workflows_pin_each_action_by_one_hash():
+    texts = [path.read_text(encoding="utf-8") for path in (ROOT / ".github").rglob("*.yml")]
+    used = [line for text in texts for line in re.findall(r"uses: (.*)", text)]
+    assert used and all(re.fullmatch(r"[\w/-]+@[0-9a-f]{40} # v[\d.]+", line) for line in used)
+    assert len({*used}) == len({line.partition("@")[0] for line in used})
+
+
+@pytest.mark.slow
+def test_smoke_test_of_the_release_passes():
+    done = subprocess.run([sys.executable, ROOT / "tests" / "smoke.py"], cwd=ROOT)
+    assert done.returncode == 0

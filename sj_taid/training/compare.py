@@ -85,8 +85,8 @@ def format_metrics(metrics: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
 
 
 def are_alike(metrics: Mapping[str, Any]) -> bool:
-    """Whether a generator's samples are all the same."""
-    return metrics.get("sample_variance", 1.0) < 1e-6
+    """Whether a generator's samples are all the same, as far as one sees: by half a grey level."""
+    return metrics.get("sample_variance", 1.0) < (0.5 / 127.5) ** 2
 
 
 def gather(folders: Iterable[Path]) -> dict[Path, Metrics]:
@@ -131,6 +131,8 @@ def frame(runs: Sequence[Metrics]) -> tuple[pd.DataFrame, list[str]]:
         | {f"{name} protocol": metrics.get("protocol", {}).get(name, "") for name in METRICS}
         for metrics in runs
     )
+    told = (table.filter(like=" protocol") != "").any()
+    table = table.drop(columns=told.index[~told])
     keys = list(dict.fromkeys(key for m in runs for key in overrides(m) if key != "seed"))
     table[keys] = table[keys].fillna("default")
     return table, [key for key in keys if table[key].nunique() > 1]
@@ -147,7 +149,10 @@ def summary(runs: Sequence[Metrics]) -> pd.DataFrame:
             mixed = protocols[table[name].notna()].nunique() > 1
             title = COLUMNS[name].title + (" (of different protocols)" if mixed else "")
             cells[title] = groups[name].agg(partial(COLUMNS[name].text_of_each, protocols))
-    return pd.DataFrame(cells).assign(runs=groups.size()).reset_index(drop=not keys)
+    summed = pd.DataFrame(cells).assign(runs=groups.size())
+    if "commit" in table and table["commit"].notna().any():
+        summed["commit"] = groups["commit"].agg(lambda of: ", ".join(of.dropna().unique()))
+    return summed.reset_index(drop=not keys)
 
 
 def tables(runs: Sequence[Metrics]) -> str:

@@ -30,7 +30,6 @@ from ..metric import (
     PublishedFrechetAutoencoderDistance,
     Recall,
 )
-from ..metric.precision_recall import NEIGHBOURS
 from ..model import Autoencoder
 from .cache import cache_path, cached, fit_once
 from .callbacks import show_progress
@@ -38,6 +37,8 @@ from .callbacks import show_progress
 log = logging.getLogger(__name__)
 
 SAMPLES_AT_ONCE = 250
+#: Among fewer images nearly all are near one of the others, whatever they show.
+ENOUGH_FOR_NEIGHBOURS = 100
 #: source of the data -> name of the published autoencoder
 PUBLISHED = {"MNIST": "mnist", "FashionMNIST": "fashion"}
 #: Only the first of several processes measures, so there is nothing to sum over them.
@@ -123,8 +124,8 @@ class Evaluator:
 
     @property
     def needed(self) -> int:
-        """How many images FAD and its precision and recall need."""
-        return 1 + max(self.autoencoder["latent_channels"], NEIGHBOURS)
+        """How many images FAD needs."""
+        return 1 + self.autoencoder["latent_channels"]
 
     def prepare(self, data: ImageData) -> list[tuple[MetricCollection, list[int]]]:
         """Metrics, already updated with the test images, and the batches of samples they take.
@@ -136,10 +137,18 @@ class Evaluator:
         metrics: dict[str, Any] = {}
         with seeded(self.seed):  # loading the test images draws numbers too
             if self.inception_weights:
-                kinds = {"fid": FrechetDistance, "inception_score": InceptionScore}
-                metrics |= self._compare(data, Inception(self.inception_weights), kinds)
+                both = {"fid": FrechetDistance, "inception_score": InceptionScore}
+                metrics |= self._compare(data, Inception(self.inception_weights), both)
             if len(data.test_set) >= self.needed or data.test_name == "validation":
-                kinds = {"fad": FrechetDistance, "fad_precision": Precision, "fad_recall": Recall}
+                kinds: dict[str, type[Any]] = {"fad": FrechetDistance}
+                if (count := min(self.samples, len(data.test_set))) >= ENOUGH_FOR_NEIGHBOURS:
+                    kinds |= {"fad_precision": Precision, "fad_recall": Recall}
+                else:
+                    log.warning(
+                        "Precision and recall of %d images would mean little, so they are left "
+                        "out; they need %d samples and as many %s images",
+                        *(count, ENOUGH_FOR_NEIGHBOURS, data.test_name),
+                    )
                 metrics |= self._compare(data, self._codes(data), kinds)
         starts = range(0, self.samples, SAMPLES_AT_ONCE)
         batches = [min(SAMPLES_AT_ONCE, self.samples - start) for start in starts]
@@ -165,7 +174,9 @@ class Evaluator:
         images = f"the number of {data.test_name} images"
         for what, count in {"metric.samples": self.samples, images: len(data.test_set)}.items():
             if count < needed:
-                raise ValueError(f"{names} need at least {needed} images, but {what} is {count}")
+                raise ValueError(
+                    f"{names}: at least {needed} images are needed, but {what} is {count}"
+                )
 
     def _compare(
         self, data: ImageData, network: Features, kinds: Mapping[str, type[Any]]
@@ -190,7 +201,7 @@ class Evaluator:
 
     def _codes(self, data: ImageData) -> AutoencoderCodes:
         """The codes of FAD's autoencoder, which is trained first if need be."""
-        self._check_enough(data, "FAD, precision and recall", self.needed)  # before it is trained
+        self._check_enough(data, "FAD", self.needed)  # before it is trained
         training = {"lr": 1e-3, **self.autoencoder}
         widths = training.pop("hidden_channels"), training.pop("latent_channels")
         make = partial(Autoencoder, data.channels, data.image_size, *widths)

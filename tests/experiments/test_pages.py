@@ -12,6 +12,7 @@ from spikingjelly.activation_based import neuron
 import sj_taid
 from sj_taid._internal import compat
 from sj_taid.training import compare
+from sj_taid.training.config import compose
 from tests.training.conftest import CONF, metrics
 
 # ---- the store ----
@@ -31,16 +32,18 @@ def test_store_names_runs_by_their_choices(runs, tmp_path):
 # ---- the tables ----
 
 
-def single(decoder, neuron, seed, error, *more):
+def single(decoder, neuron, seed, error, *more, fad=1.0, by="one autoencoder"):
     choices = {"decoder": decoder, "neuron": neuron}
     words = ["experiment=mnist_esvae_cpu", *(f"{k}={v}" for k, v in choices.items()), *more]
-    return metrics(words, choices, seed, reconstruction=error, fad_published=2 * error, fad=1.0)
+    figures = {"reconstruction": error, "fad_published": 2 * error, "fad": fad}
+    return metrics(words, choices, seed, **figures) | {"protocol": {"fad": by}}
 
 
 def test_decoders_are_compared_by_runs_of_one_seed_and_neuron(monkeypatch):
     runs = [
-        *(single("fixed", "lif", 0, 2.0), single("taid", "lif", 0, 1.0)),
-        *(single("fixed", "lif", 1, 4.0), single("taid", "lif", 1, 5.0)),
+        *(single("fixed", "lif", 0, 2.0), single("taid", "lif", 0, 1.0, fad=1.5)),
+        # own FAD of another autoencoder
+        *(single("fixed", "lif", 1, 4.0), single("taid", "lif", 1, 5.0, fad=9.0, by="another")),
         *(single("taid", "alif", 0, 9.0), single("fixed", "plif", 0, 9.0)),
         single("taid", "lif", 1, 9.0, "model.latent_channels=128"),  # of other choices
     ]
@@ -48,8 +51,23 @@ def test_decoders_are_compared_by_runs_of_one_seed_and_neuron(monkeypatch):
     monkeypatch.setattr(pages, "load_runs", lambda name: runs)
     table = pages.decoders().drop(columns="epochs")
     assert table.to_numpy().tolist() == [
-        ["mnist_esvae_cpu", "taid", "-12.5 ± 53.0", "", "-12.5 ± 53.0", "2"]
+        ["mnist_esvae_cpu", "taid", "-12.5 ± 53.0", "+50.0", "-12.5 ± 53.0", "2"]
     ]
+
+
+def test_a_gain_in_error_has_both_fads_of_the_same_runs_beside_it():
+    runs = [
+        *(single("fixed", "lif", 0, 2.0, fad=2.0), single("taid", "lif", 0, 1.0, fad=3.0)),
+        *(single("fixed", "alif", 0, 4.0, fad=2.0), single("taid", "alif", 0, 2.0, fad=3.0)),
+        single("fixed", "lif", 1, 9.0, fad=9.0),  # without a partner
+    ]
+    table = compare.frame(runs)[0]
+    row = pages.decoder_gain("TAID", "a net", table, "taid")
+    assert (row["before"], row["gain"], row["own FAD"]) == ("3.0000 ± 1.4142", "-50 %", "+50 %")
+    assert row["net"] == "a net, LIF, ALIF, 2 epochs" and row["seeds"] == "2"
+    table.loc[0, "fad_published"] = None
+    row = pages.decoder_gain("TAID", "a net", table, "taid")
+    assert row["FAD as published"] == "-50 % (1 pair)"
 
 
 def test_start_map_counts_the_starts_near_the_best(tmp_path, monkeypatch):
@@ -106,12 +124,39 @@ def test_accelerate_does_what_the_table_of_neurons_says(kind):
     assert reason.rstrip(": ") == notes.get(said, said.removeprefix("not read: "))
 
 
+def test_energy_has_the_sum_and_the_accuracy_of_each_net():
+    axis = pages.energy().axes[0]
+    rows = pd.read_csv(pages.RESULTS / "energy.csv").groupby("net", sort=False)
+    told = [text.get_text() for text in axis.get_legend().get_texts()]
+    for line, bars, (_, net) in zip(told, axis.containers, rows, strict=True):
+        assert f"{sum(bar.get_height() for bar in bars) / 1e3:.2f} µJ" in line
+        assert f"{net['nj'].sum() / 1e3:.2f} µJ" in line
+        assert f"{100 * net['accuracy'].iloc[0]:.1f} % right" in line
+
+
 # ---- the committed results ----
 
 
 def test_published_values_have_a_source():
     published = pd.read_csv(pages.RESULTS / "published.csv")
     assert published["source"].notna().all() and (published["value"] > 0).all()
+
+
+@pytest.mark.slow  # composes a hundred configs
+@pytest.mark.parametrize("name", pages.experiments())
+def test_stored_runs_can_be_had_again_by_todays_configs(name):
+    """By the words of their table and row: the same parts, for as many epochs."""
+    lines = {}
+    for stored in pages.load_runs(name):
+        words = pages.join(pages.recipe(name)[1], pages.choices_of(name, stored))
+        lines[(*(word for word in words if pages.key_of(word) != "seed"),)] = stored
+    for words, stored in lines.items():
+        cfg = compose("train", words, return_hydra_config=True)
+        chosen = cfg.hydra.runtime.choices
+        told = {key: kind for key, kind in stored["choices"].items() if key in pages.SHOWN and kind}
+        assert told.items() <= dict(chosen).items(), words
+        stops = "enough" in (cfg.callbacks or {})  # before, where it is good enough
+        assert stored["epochs"] == cfg.trainer.max_epochs or stops, words
 
 
 def test_stored_runs_are_of_experiments_and_have_names_for_any_command_line():

@@ -81,13 +81,15 @@ def test_compare_shows_mean_and_spread_over_seeds(runs, capsys):
     assert written in shown
     head, _, *rows = cells(written)
     assert head[:3] == ["neuron", "accuracy, last epoch, % ↑", "FAD, own autoencoder ↓"]
-    assert head[3:] == ["epochs", "parameters, M", "training, min", "runs"]
+    assert head[3:] == ["epochs", "parameters, M", "training, min", "runs", "commit"]
     # By hand: the mean of 10 and 12 is 11, their standard deviation sqrt(2).
     assert rows == [
-        ["lif", "", "11.00 ± 1.41", "2", "0.83", "1.5", "2"],
-        ["alif", "99.73 ± 0.07", "7.50 ± 0.71", "2", "0.83", "1.5", "2"],
+        ["lif", "", "11.00 ± 1.41", "2", "0.83", "1.5", "2", "0123456789ab"],
+        ["alif", "99.73 ± 0.07", "7.50 ± 0.71", "2", "0.83", "1.5", "2", "0123456789ab"],
     ]
-    table = pd.read_csv(runs / "results.csv")[["fad", "neuron"]]
+    table = pd.read_csv(runs / "results.csv")
+    assert not table.isna().all().any() and "fad protocol" in table
+    table = table[["fad", "neuron"]]
     assert table.to_numpy().tolist() == [[10, "lif"], [12, "lif"], [7, "alif"], [8, "alif"]]
 
 

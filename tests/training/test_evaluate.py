@@ -22,7 +22,7 @@ def test_evaluate_command(folder, tmp_path, sj_taid, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     before = run.Run(folder).metrics
     checkpoint = folder / run.CHECKPOINTS / "last.ckpt"
-    sj_taid("evaluate", f"checkpoint={checkpoint}", "metric.samples=12")
+    sj_taid("evaluate", f"checkpoint={checkpoint}", "metric.samples=112")
     said = capfd.readouterr()
     assert not said.err
     assert said.out.rstrip().endswith(str(folder / "evaluations" / "last.json"))
@@ -31,9 +31,9 @@ def test_evaluate_command(folder, tmp_path, sj_taid, monkeypatch, capfd):
     assert figures["fad"] > 0 and figures["fad"] != before["fad"]
     assert {"fad", "fad_recall", "reconstruction"} < protocol.keys()
     assert figures.keys() - protocol.keys() == {"sample_variance", "firing_rate"}
-    assert "12 samples" in protocol["fad"]
-    assert evaluation["overrides"] == ["metric.samples=12"]
-    assert evaluation["command"] == "sj-taid evaluate metric.samples=12"
+    assert "112 samples" in protocol["fad"]
+    assert evaluation["overrides"] == ["metric.samples=112"]
+    assert evaluation["command"] == "sj-taid evaluate metric.samples=112"
     assert evaluation["versions"] and run.Run(folder).metrics == before
     assert f"FAD, own autoencoder ↓: {figures['fad']:.2f}\n" in said.out
     assert not list(tmp_path.glob("outputs")) and not list(tmp_path.glob("*.log"))

@@ -34,7 +34,7 @@ def digits(**options):
 def evaluator(tmp_path):
     """With an empty cache."""
     autoencoder = {"hidden_channels": 4, "latent_channels": 3, "epochs": 1, "batch_size": 32}
-    return Evaluator(40, autoencoder | {"seed": 0}, cache_dir=tmp_path, accelerator="cpu")
+    return Evaluator(100, autoencoder | {"seed": 0}, cache_dir=tmp_path, accelerator="cpu")
 
 
 def states(evaluator, data):
@@ -100,9 +100,22 @@ DAMAGES = {
 
 def test_fad_is_left_out_where_test_images_are_few(evaluator):
     data = digits(limit=7)
-    assert evaluator.needed == 6 and "fad" in evaluator.evaluate_samples(Noise(), data)
+    assert evaluator.needed == 4 and "fad" in evaluator.evaluate_samples(Noise(), data)
     evaluator.autoencoder["latent_channels"] = 7
     assert evaluator.evaluate_samples(Noise(), data) == {"protocol": {}}
+
+
+@pytest.mark.parametrize(
+    ("samples", "limit", "missing"), [(100, 100, 0), (100, 99, 2), (99, None, 2), (100, None, 0)]
+)
+def test_precision_and_recall_need_many_samples_and_test_images(
+    evaluator, caplog, samples, limit, missing
+):
+    evaluator.samples = samples
+    values = evaluator.evaluate_samples(Noise(), digits(limit=limit))
+    names = {"fad", "fad_precision", "fad_recall"}
+    assert len(names - values.keys()) == missing and "fad" in values
+    assert ("Precision and recall of 99 images" in caplog.text) == bool(missing)
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -135,7 +148,7 @@ def test_evaluate_samples_is_reproducible_and_leaves_the_random_state_alone(eval
     assert torch.equal(torch.random.get_rng_state(), state)
     names = {"fad", "fad_precision", "fad_recall"}
     assert set(first) == names | {"protocol"} and set(first["protocol"]) == names
-    assert first["protocol"]["fad"].endswith("40 samples against 359 test images at 8x8")
+    assert first["protocol"]["fad"].endswith("100 samples against 359 test images at 8x8")
     assert 0 <= first["fad_recall"] <= first["fad_precision"] <= 1
     assert evaluator.evaluate_samples(model, data) == first
     evaluator.seed = 1
@@ -149,15 +162,19 @@ def test_evaluate_samples_checks_each_metric_before_a_training(evaluator, monkey
     monkeypatch.setattr("sj_taid.training.evaluator.Inception", Network)
     evaluator.inception_weights = "weights.pth"
     evaluator.samples = Network.num_features
-    with pytest.raises(ValueError, match=r"fid.* need at least 5 images, but metric\.samples is 4"):
+    with pytest.raises(
+        ValueError, match=r"fid.*: at least 5 images are needed, but metric\.samples is 4"
+    ):
         evaluator.prepare(data)
-    evaluator.samples = 40
+    evaluator.samples = 100
     data.test_set = data.test_set.subset(range(4))
     with pytest.raises(ValueError, match=r"fid.* test images is 4"):
         evaluator.prepare(data)
     monkeypatch.setattr("sj_taid.training.evaluator.fit_once", lambda *_, **__: pytest.fail())
     evaluator.inception_weights, evaluator.samples = None, 3
-    with pytest.raises(ValueError, match=r"^FAD, .* but metric\.samples is 3"):
+    with pytest.raises(
+        ValueError, match=r"^FAD: at least 4 images are needed, but metric\.samples is 3"
+    ):
         evaluator.prepare(digits())
 
 
@@ -170,8 +187,8 @@ def test_evaluate_samples_runs_a_network_once_for_all_its_metrics(evaluator, mon
     assert values["fid"] > 0 and 1 <= values["inception_score"] <= 4
     how = values["protocol"]
     assert how["fid"].startswith(FrechetDistance(network).protocol)
-    assert how["fid"].endswith("40 samples against 359 test images at 8x8")
-    assert how["inception_score"].endswith("40 samples")
+    assert how["fid"].endswith("100 samples against 359 test images at 8x8")
+    assert how["inception_score"].endswith("100 samples")
     assert evaluator.evaluate_samples(Noise(), data) == values  # the test images' were cached
     assert network.calls == len(data.test_dataloader()) + 2
     assert "fid" not in evaluator.fad_alone().evaluate_samples(Noise(), data)

@@ -139,7 +139,7 @@ def test_validation_set_is_for_classifiers_by_default():
 
 
 def test_generator_is_measured_on_validation_images_by_fad_alone(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=r"FAD.* need at least 6 images, but .* is 3"):
+    with pytest.raises(ValueError, match=r"FAD: at least 4 images are needed, but .* is 3"):
         fit(tmp_path / "few", *TINY, "dataset.validation=0.002")
     monkeypatch.setattr(evaluator, "Inception", Network)
     inception = ["metric.inception_weights=weights.pth", "metric.samples=10"]

@@ -1,4 +1,4 @@
-"""The kernels' text for neurons of any class, built for the host, against their steps in float64."""
+"""The kernels' text for neurons of any class, built for the host, against steps in float64."""
 
 import itertools
 
