@@ -229,7 +229,9 @@ def _equation_of(node: Any, kind: Any) -> tuple[str, str, str]:
     """The equation of a neuron, the numbers in it, and the range of its outputs."""
     is_ours = isinstance(node, ALIFNode)
     known = isinstance(node, compat.NEURONS)
-    reason = "it is no BaseNode" if not known else None if is_ours else compat.why_not_stepwise(kind)
+    reason = None if known else "it is no BaseNode"
+    if known and not is_ours:
+        reason = compat.why_not_stepwise(kind)
     if reason:
         return f"not read: {reason}", "", ""
     run = node._taid_step if is_ours else compat.step_of(kind)

@@ -41,7 +41,7 @@ def accelerate(net: nn.Module, example: Any = None) -> Acceleration:
     """Train ``net`` in less memory and time with equal outputs; changes it in place.
 
     Neurons whose step is pointwise, SpikingJelly's and yours, run on the fused operator and learn
-    what they learned before; on a GPU LIF, PLIF, IF, integer LIF and ALIF. One behind a batch norm
+    what they learned before. One behind a batch norm
     takes the norm's input and computes both as one operation, so the norm's output is not saved for
     backward. Spikes, counts and their sums are saved as bits, and some sums of a norm's output are
     computed again.
