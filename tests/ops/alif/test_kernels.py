@@ -132,8 +132,7 @@ SOFT, HARD = {"v_reset": None}, {"v_reset": -0.25}
 NORM, LONG = HARD | {"norm": "batch"}, {"T": 24}
 PACK = HARD | {"pack": True}
 COUNTS = SOFT | {"surrogate": "counts", "decay_input": False}
-GROWS = {"surrogate": "DeterministicPass", "decay_input": False, "per_channel": True, "T": 24}
-GROWS |= {"through": ("v_seq",), "v_reset": -0.25}
+TEXT = {"v_reset": None}
 
 
 def check_edges(host):
@@ -141,66 +140,51 @@ def check_edges(host):
 
 
 MUTATIONS = [
-    # gradients of the neuron
-    (SOFT | {"detach_reset": True}, "fmaf(taken, grad_v[i],", "fmaf(0, 0,"),
-    (HARD, "fmaf(-grad_v[i], lost, gained)", "gained"),
-    (HARD, "fmaf(grad_v[i], neuron.v_reset, grad_s)", "grad_s"),
-    (HARD, "soft || !fired ? 1.0f : 0.0f", "1.0f"),
-    (HARD, "fmaf(-q, grad_h, grad_h)", "grad_h"),
-    (SOFT, "if (GRAD_V_SEQ) grad_v[i] += grad_v_t[i];", ""),
-    # the same where they grow with every step, beyond half precision's largest number
-    (GROWS | {"norm": "batch", "layout": "transposed"}, "v - neuron.v_reset", "v"),
-    (GROWS | {"v_reset": 0.0, "layout": "images", "dtype": torch.float16}, "sums.w[i] * dw",
-     "sums.w[i] * -dw"),
-    # the same of counts
-    (COUNTS, "v * (1.0f - q[lane(i)]) + x", "v * q[lane(i)] + x"),
-    (COUNTS | {"surrogate": "one"}, "rintf(positive > levels ? levels : positive)",
-     "rintf(positive)"),
-    (COUNTS, "over < 0.0f ? 0.0f : over", "over"),
-    (COUNTS, "h - output(h, i) * v_threshold[lane(i)]", "h"),
-    (COUNTS, "through_spike *= neuron.inverse[lane];", ";"),
-    (COUNTS, "RESET == COUNTS ? through_spike * over : through_spike", "through_spike"),
-    (COUNTS, "-neuron.count(over) :", "0.0f :"),
-    # the charge, the last voltage, segments, channels, the stride over neurons
-    (HARD, "v + (x - above_reset) * q[lane(i)]", "v + x * q[lane(i)]"),
-    (HARD, "    store(v, c.v_last + at);", ""),
-    (HARD | LONG, "load(c.checkpoint + (segment - 1) * size + at, v);",
-     "load(c.checkpoint + at, v);"),
+    # the step's text, of the gradients and of what forward computes
+    (SOFT, "grad[0][i] = ", "grad[0][i] = 0.0f * "),
+    (HARD, "v[0][i] = ", "v[0][i] = 0.5f * "),
+    (SOFT, "total[0][lane] += ", "total[0][lane] -= "),
+    (SOFT, "total[1][lane] += ", "total[1][lane] = "),
+    (COUNTS, "= quotient(", "= 0.5f * quotient("),
+    (COUNTS, "exact == exact ? exact : rough", "1.001f * rough"),
+    (SOFT, "if (GRAD_V_SEQ) grad_v[0][i] += grad_v_t[i];", ""),
+    # the last voltage, segments, channels, the stride over neurons
+    (HARD, "    store_states(v, c.v_last, at);", ""),
+    (HARD | LONG, "((segment - 1) * STATES + k) * size + at, to[k]", "at, to[k]"),
     (HARD | {"per_channel": True}, "channel = first + i", "channel = first"),
+    (HARD | {"per_channel": True}, "channel * c.stride[k]", "0"),
     (HARD | {"layout": "images"}, "at += c.threads * VEC", "at += size"),
     # the norm: backward's input, the channel's numbers, the terms of x's gradient, the gain's
-    (NORM, "neuron.charge(neuron.input(to_float(x_t[t].lane[i]), i), v, i)",
-     "neuron.charge(to_float(x_t[t].lane[i]), v, i)"),
+    (NORM, "step_backward<NEEDS>(neuron.input(x, i)", "step_backward<NEEDS>(x"),
     (NORM, "norm.bias ? c.norm.bias[channel]", "norm.bias ? c.norm.mean[channel]"),
     (NORM, "weight ? weight[channel] * rstd[channel]", "weight ? rstd[channel]"),
     (NORM, "ab ? ab[channel] : 0.0f", "0.0f"),
     (NORM, "ab ? ab[c.channels + channel] : 0.0f", "0.0f"),
     (NORM, "fmaf(neuron.gain[lane], grad_y, -coupled)", "grad_y - coupled"),
     (NORM | {"norm": "fixed"}, "neuron.gain[lane] * grad_y", "grad_y"),
-    (NORM, "sums.h_x[lane] = fmaf(grad_h, centred,", "sums.h_x[lane] = fmaf(grad_h, centred + 1,"),
-    (NORM, "put(sums.h[i] * dy);", "put(sums.h[i]);"),
+    (NORM, "sums.y_x[lane] = fmaf(grad_y, centred,", "sums.y_x[lane] = fmaf(grad_y, centred + 1,"),
     # the norm's gradients, sums over threads, bits
     (NORM, "rstd * sums[1][0]", "sums[1][0]"),
     (NORM, "gain * to_bias / c.count", "0"),
     (NORM, "gain * rstd * to_weight / c.count", "gain * to_weight / c.count"),
     (HARD, "sums[k][thread] += sums[k][thread + half]", ""),
     (HARD | {"per_channel": True}, "blockIdx.x / c.channels", "0"),
-    (NORM | {"norm": "fixed"}, "(c.before + turn)", "turn"),
+    (NORM | {"norm": "fixed"}, "c.first[turn]", "turn"),
     (PACK, "1u << t % 8", "1u"),
     (PACK | {"T": 16}, "bits + byte_here + t / 8 * c.size", "bits + byte_here"),
     (PACK | LONG, "segment * BYTES * size + at", "at"),
     (check_packing, "if (k < own.rows) fetch(", "fetch("),
     # at the threshold; barriers, writes and totals of sums over threads
-    (check_edges, "h >= v_threshold[lane(i)]", "h > v_threshold[lane(i)]"),
+    (check_edges, " >= 0.0f;", " > 0.0f;"),
     (check_sums, "  __syncthreads();", ""),
     (check_sums, "if (thread == 0) finish(sums);", "finish(sums);"),
     (check_sums, "double", "float"),
     # the launcher: whose grid made the sums, what must start at 16 bytes
     (NORM, "(norm_grid or grid).partials", "grid.partials"),
-    (partial(check_starts, norm=None, which="v0"), "is_aligned(*operands[:2], *given)",
+    (partial(check_starts, norm=None, which="v0"), "is_aligned(*operands[:first], *given)",
      "is_aligned(operands[0], *given)"),
-    (partial(check_starts, norm=None, which="grad_v"), "is_aligned(*operands[:2], *given)",
-     "is_aligned(*operands[:2])"),
+    (partial(check_starts, norm=None, which="grad_v"), "is_aligned(*operands[:first], *given)",
+     "is_aligned(*operands[:first])"),
 ]  # fmt: skip
 ROW = {option: values[0] for option, values in OPTIONS.items()}
 ROW |= {"T": 4, "layout": "features", "decay_input": True, "v_init": True}
@@ -217,11 +201,12 @@ def _name(value):
 def test_breaking_one_line_turns_conformance_red(launcher, tmp_path, how, line, broken):
     run = how if callable(how) else partial(check, case=make_case(ROW | how))
     run(launcher)
-    source, launcher_text = kernels.source(), LAUNCHER.read_text()
-    assert (line in source) != (line in launcher_text)
+    text, launcher_text = kernels.source_of(make_spec(make_case(ROW | TEXT))), LAUNCHER.read_text()
+    counts = kernels.source_of(make_spec(make_case(ROW | COUNTS)))
+    assert (line in text + counts) != (line in launcher_text)
     path = tmp_path / LAUNCHER.name
     path.write_text(launcher_text.replace(line, broken))
-    host = Host(tmp_path, source.replace(line, broken), launcher=path)
+    host = Host(tmp_path, lambda source: source.replace(line, broken), launcher=path)
     with host.patched(), pytest.raises(AssertionError):
         run(host)
 
