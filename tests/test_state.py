@@ -41,7 +41,7 @@ def test_state_that_cannot_be_carried_names_neuron_and_remedy():
 def test_what_is_no_module_is_named(wrong):
     public = [getattr(sj_taid, name) for name in sj_taid.__all__ if name[0].islower()]
     functions = [function for function in public if "net" in signature(function).parameters]
-    assert len(functions) == 10
+    assert len(functions) == 11
     others = {calibrate: (torch.rand(2, 3),), sj_taid.parameter_groups: (0.1,)}
     for function in (*functions, fixed_thresholds):
         with pytest.raises(TypeError, match=r"net must be a torch\.nn\.Module, but it is "):

@@ -116,7 +116,7 @@ def in_turns(host, step):
     assert kernels.source().count(line) == 1
 
     def edit(source):
-        return source.replace(line, "to[channel] += ")
+        return host.edit(source).replace(line, "to[channel] += ")
 
     return Host(host.directory, edit, (f"-DSTEP={step}", "-D_XOPEN_SOURCE=700"))
 
