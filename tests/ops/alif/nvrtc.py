@@ -170,7 +170,7 @@ def neuron_kernels() -> Iterator[Kernel]:
     """Those of each neuron, over pairs of options that differ from neuron to neuron."""
     rows = [*pairwise(OPTIONS)]
     for turn, (who, reading) in enumerate(readings()):
-        for row in rows[turn % 3 :: 3]:
+        for row in rows[turn % 9 :: 9]:
             has_norm = "norm" in row["needs"]
             needs = NEED_X * (row["needs"][:3] != "nor") | NEED_NORM * has_norm
             if row["needs"] not in ("x", "norm"):

@@ -238,7 +238,7 @@ def test_kernels_take_their_constants_from_python(tmp_path, monkeypatch):
         check(host, make_case(ROW | {"T": 13}))
 
 
-@pytest.mark.slow
+@pytest.mark.kernels
 def test_kernels_run_clean_under_sanitizers(tmp_path):
     """In a process that checks every memory access: see sanitized.py."""
     libraries = [

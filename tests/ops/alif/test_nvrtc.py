@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=f"needs NVRTC: {WHY_
 OTHERS = [pytest.param(arch, marks=pytest.mark.kernels) for arch in ("sm_80", "sm_100")]
 
 
-@pytest.mark.slow
+@pytest.mark.kernels
 @pytest.mark.parametrize("arch", ["sm_90", *OTHERS])
 def test_no_array_of_a_thread_is_in_local_memory(arch):
     """A loop that is not unrolled, or an index that is no constant, would put it there.
