@@ -49,7 +49,8 @@ SURROGATES = {
     for name, kind in (vars(surrogate) | {"Rect": Rect}).items()
     if isinstance(kind, type)
     and issubclass(kind, _BASES)
-    and kind not in (*_BASES, MultiLevelSpikeCount, surrogate.PoissonPass)
+    and kind not in (*_BASES, MultiLevelSpikeCount)
+    and name != "PoissonPass"
     and (FUNCTIONAL_STATES or kind is not surrogate.NonzeroSignLogAbs)
 }
 COUNTS = {
