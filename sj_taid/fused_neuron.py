@@ -134,6 +134,8 @@ class FusedNeuron:
 
     def _taid_check(self, x_seq: Tensor, states: dict[str, Any]) -> None:
         """Raise an error unless a call's tensors fit each other."""
+        for v in states.values():
+            functional.check_call(x_seq, v, None, None, self._taid_label)
 
     def _taid_label(self) -> str:
         name, kind = self._taid_name, type(self).__name__

@@ -176,6 +176,7 @@ def _read_once(step: Step, states: int, parameters: Sequence[Tensor], shape: Any
         torch.autocast("cpu", enabled=False),
         torch.random.fork_rng(devices=()),
         saved_tensors_hooks(_same, _same),  # not those of the caller
+        torch.jit.optimized_execution(False),  # scripted functions, which change as they run
     ):
         inputs = [_example(shape) for _ in range(1 + states)]
         inputs += [_example(p.shape, p.dtype) for p in parameters]
