@@ -28,7 +28,7 @@ from .ops.step.record import HOOKS, Neuron, Notes
 
 #: the kinds of tensors that a plan takes
 _TAKES = (Tensor, nn.Parameter, Kept)
-_NUMBERS = (bool, int, float, type(None), str, type, tuple)
+_NUMBERS = (bool, int, float, type(None), str, type)
 
 
 class View(NamedTuple):
@@ -256,7 +256,9 @@ def _plan_call(
     nothing = _Call(None, None, False, (), None, 0)
     if engine is None:
         return nothing
-    neuron = read_neuron(node, tuple(x_seq.shape[1:]), node._taid_step, engine, x_seq.device)
+    neuron = _why_not_these(x_seq, states) or read_neuron(
+        node, tuple(x_seq.shape[1:]), node._taid_step, engine, x_seq.device
+    )
     if isinstance(neuron, str):
         if backends.is_chosen(node._fused_backend):
             raise backends.BackendUnavailableError(f"no fused backend can take this call: {neuron}")
@@ -282,6 +284,15 @@ def _plan_call(
     if not x_seq.is_contiguous():
         strides = node._taid_strides(x_seq.shape, strides)
     return _Call(find_plan(engine, spec), spec, converts, strides, least, most)
+
+
+def _why_not_these(x_seq: Tensor, states: dict[str, Any]) -> str | None:
+    """Why a neuron's states, whose shapes are checked, cannot be a plan's."""
+    dtypes = x_seq.dtype, state_dtype(x_seq.dtype)
+    for name, v in states.items():
+        if isinstance(v, Tensor) and v.dtype not in dtypes:
+            return f"its state {name!r} is {v.dtype}, its input {x_seq.dtype}"
+    return None
 
 
 _warned: set[tuple[type, str]] = set()

@@ -24,7 +24,7 @@ class Own(neuron.BaseNode):
         return nn.Parameter(value + torch.linspace(-0.2, 0.2, 4).view(4, 1, 1))
 
     def _states(self):
-        return [n for n in self._memories if n != "v_seq"]
+        return ["v", *self.states]
 
     if FUNCTIONAL_STATES:
 

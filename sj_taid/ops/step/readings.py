@@ -8,10 +8,10 @@ from operator import attrgetter
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import nn
 
 from .read import NotRead, Reading
-from .record import HOOKS, Neuron, Notes
+from .record import HOOKS, Neuron, Notes, is_plain
 from .verify import verify
 
 #: class -> the names of attributes, modules and tensors that any of its neurons has read
@@ -32,11 +32,12 @@ def read_neuron(
 
     def key() -> Any:
         names = tuple(filter(partial(has, node), (*notes.numbers, *notes.modules)))
-        tensors = Neuron(node, run, notes.tensors).tensors
+        neuron = Neuron(node, run, notes.tensors)
+        tensors, states = neuron.tensors, tuple(neuron.states)
         per_channel = any(t.numel() != 1 for t in tensors.values())
         sizes = len(shape), shape[1:2] if per_channel else ()
         shapes = tuple((name, tuple(t.shape)) for name, t in tensors.items())
-        return kind, names, values_of(node, names), sizes, shapes, engine
+        return kind, names, values_of(node, names), sizes, shapes, states, engine
 
     found = _READINGS.get(key())
     if found is None:
@@ -91,9 +92,12 @@ def has(node: Any, name: str) -> bool:
 
 
 def plain_value(value: Any) -> Any:
-    """An attribute as a plain number; of a tensor, which is read at each call, its class."""
-    if isinstance(value, Tensor):
-        return type(value)
+    """An attribute as a plain number; of a tensor, which is read at each call, its class.
+
+    So of anything else, of which no step is read.
+    """
+    if not is_plain(value):
+        return value if isinstance(value, type) else type(value)
     if isinstance(value, np.ndarray):
         value = value.item()
-    return value if isinstance(value, type | tuple) else (type(value), value)
+    return value if isinstance(value, tuple) else (type(value), value)

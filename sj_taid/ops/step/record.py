@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from spikingjelly.activation_based import base
 from torch import Tensor, nn
 
 from ..._internal import compat
+from .code import check_code, is_fixed
 from .read import NotRead, Reading, read
 
 #: attributes of these types are a part of the key, by their values
@@ -19,7 +20,9 @@ PLAIN = (bool, int, float, str, type(None), np.generic, torch.dtype)
 #: where a module keeps hooks on its calls
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 #: attributes that every module has, and that a call reads
-_OF_MODULES = {*vars(base.MemoryModule()), *dir(nn.Module)} - {"training", "_step_mode"}
+_OF_MODULES = {*vars(base.MemoryModule()), *dir(nn.Module)} - {
+    *("training", "_step_mode", "_backend"),
+}
 
 
 class Notes:
@@ -30,82 +33,68 @@ class Notes:
         self.numbers: dict[str, None] = {}
         self.tensors: dict[str, None] = {}
         self.modules: dict[str, None] = {}
-        #: of modules within, during a step, and the attributes that they were given
+        #: of modules of SpikingJelly's within, during a step, and the attributes that they had
         self.copies: dict[int, Any] = {}
 
-    def note(self, path: str, owner: Any, value: Any, tensors: dict[str, Tensor]) -> Any:
+    def note(self, owner: Any, name: str, value: Any) -> Any:
         """Note an attribute; gives what stands for it."""
-        if path in _OF_MODULES or path.startswith("__"):
+        _, tensors, home = vars(owner)["_taid_notes"]
+        path = home + name
+        if name in _OF_MODULES or name.startswith("__"):
             return value
         if isinstance(value, nn.Module):
-            return self._note_module(path, value)
-        if _is_of_class(owner, path, value):
-            return value
+            return self._note_module(owner, path, value)
+        if name not in vars(owner) and is_fixed(value, owner):
+            return value  # a function of its class, which the key has
+        if isinstance(getattr(type(owner), name, None), property):
+            return value  # made of what was noted
         if isinstance(value, Tensor):
             if path not in tensors:
-                raise NotRead(f"reads {path!r}, a tensor of its class")
+                raise NotRead(f"reads {path!r}, a tensor of its class or of a module within it")
             self.tensors[path] = None
             return tensors[path]
-        self._note_number(path, value)
-        return value
-
-    def _note_module(self, path: str, module: Any) -> Any:
-        """Note a module within, and all its numbers; gives a copy that has no other attributes.
-
-        Of its own class, since it may be looked at.
-        """
-        self.modules[path] = None
-        own = vars(module)
-        if any(own.get(hooks) for hooks in HOOKS):
-            raise NotRead(f"calls a module with hooks ({path})")
-        if own["_parameters"] or own["_buffers"] or own["_modules"]:
-            raise NotRead(f"calls a module with parameters or modules of its own ({path})")
-        copied, kept = object.__new__(type(module)), {}
-        for name, value in (_numbers_of_class(type(module)) | own).items():
-            if name in _OF_MODULES:
-                kept[name] = value
-            elif _is_plain(value):
-                self.numbers[f"{path}.{name}"] = None
-                kept[name] = value
-        kept = {name: value for name, value in kept.items() if name in own}
-        vars(copied).update(kept)
-        self.copies[id(copied)] = copied, kept
-        return copied
-
-    def _note_number(self, path: str, value: Any) -> None:
-        if not _is_plain(value):
+        if not is_plain(value):
             kind = type(value).__name__
             raise NotRead(f"reads its attribute {path!r}, a {kind}, which may change unseen")
         self.numbers[path] = None
+        return value
+
+    def _note_module(self, owner: Any, path: str, module: Any) -> Any:
+        """Note a module within; gives a copy that notes what is read of it."""
+        own = vars(module)
+        if "_taid_notes" in own:  # a property gives one that is noted
+            return module
+        self.modules[path] = None
+        if any(own.get(hooks) for hooks in HOOKS):
+            raise NotRead(f"calls a module with hooks ({path})")
+        if own["_parameters"] or own["_buffers"] or own["_modules"] or "_memories" in own:
+            raise NotRead(f"calls a module with parameters or modules of its own ({path})")
+        if path not in vars(owner)["_modules"]:
+            raise NotRead(f"calls a module of its class or of a module within it ({path})")
+        if type(module).__module__.startswith("spikingjelly."):
+            return self._note_known(path, module)
+        check_code(type(module))
+        return recording(module, self, {}, f"{path}.")
+
+    def _note_known(self, path: str, module: Any) -> Any:
+        """Note all numbers of a module of SpikingJelly's, which asks for its very class."""
+        copied = object.__new__(type(module))
+        vars(copied).update(vars(module))
+        for name in (*vars(module), *dir(type(module))):
+            if name not in _OF_MODULES and is_plain(getattr(module, name, [])):
+                self.numbers[f"{path}.{name}"] = None
+        self.copies[id(copied)] = copied, dict(vars(copied))
+        return copied
 
 
-def _is_plain(value: Any) -> bool:
+def is_plain(value: Any) -> bool:
     """Whether an attribute is a number or the like, or a tuple of such."""
-    parts = value if isinstance(value, tuple) else (value,)
-    return all(isinstance(part, PLAIN) or _is_number(part) for part in parts)
+    if isinstance(value, tuple):
+        return all(isinstance(part, PLAIN) for part in value)
+    return isinstance(value, PLAIN) or (isinstance(value, np.ndarray) and value.ndim == 0)
 
 
-def _numbers_of_class(kind: type) -> dict[str, Any]:
-    """The plain attributes that a class gives its instances."""
-    found: dict[str, Any] = {}
-    for own in reversed(kind.__mro__):
-        if own is not object and not issubclass(nn.Module, own):
-            found |= {n: v for n, v in vars(own).items() if isinstance(v, PLAIN) and n[:2] != "__"}
-    return found
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, np.ndarray) and value.ndim == 0
-
-
-def _is_of_class(owner: Any, name: str, value: Any) -> bool:
-    """Whether it is a function or a property of the class, which the key has."""
-    if name in vars(owner):
-        return False
-    return callable(value) or isinstance(getattr(type(owner), name, None), property)
-
-
-def recording(module: Any, notes: Notes, tensors: Any) -> Any:
+def recording(module: Any, notes: Notes, tensors: Any, home: str = "") -> Any:
     """A shallow copy of ``module`` that notes what is read of it; it may set its states alone."""
     kind: Any = getattr(module, "_taid_kind", type(module))
     copied: Any = object.__new__(_recording_class(kind))
@@ -114,7 +103,7 @@ def recording(module: Any, notes: Notes, tensors: Any) -> Any:
     for name in ("_parameters", "_buffers", "_modules", "_memories"):
         if name in own:
             own[name] = dict(own[name])
-    own["_taid_notes"] = notes, tensors
+    own["_taid_notes"] = notes, tensors, home
     return copied
 
 
@@ -125,7 +114,7 @@ def _recording_class(kind: Any) -> Any:
     def __getattribute__(self: Any, name: str) -> Any:
         own = object.__getattribute__(self, "__dict__")
         if "_taid_notes" in own and name in own["_taid_notes"][1]:  # a property may give it, too
-            notes, tensors = own["_taid_notes"]
+            notes, tensors, _ = own["_taid_notes"]
             notes.tensors[name] = None
             return tensors[name]
         value = kind.__getattribute__(self, name)
@@ -139,9 +128,11 @@ def _recording_class(kind: Any) -> Any:
         return _noted(self, name, value)
 
     def __setattr__(self: Any, name: str, value: Any) -> None:
-        if name not in vars(self).get("_memories", ()):
-            raise NotRead(f"sets its attribute {name!r}")
-        vars(self)["_memories"][name] = value
+        own = vars(self)
+        if name not in own.get("_memories", ()):
+            what = "changes a module within it: sets" if own["_taid_notes"][2] else "sets"
+            raise NotRead(f"{what} its attribute {name!r}")
+        own["_memories"][name] = value
 
     names: dict[str, Any] = {"__getattribute__": __getattribute__, "__setattr__": __setattr__}
     names |= {"__getattr__": __getattr__, "__init_subclass__": lambda **kwargs: None}
@@ -160,11 +151,10 @@ def _noted(self: Any, name: str, value: Any) -> Any:
     about = own.get("_taid_notes")
     if about is None or name == "_taid_notes":
         return value
-    notes, tensors = about
     if name in own.get("_memories", ()):
-        notes.states[name] = None
+        about[0].states[name] = None
         return value
-    return notes.note(name, self, value, tensors)
+    return about[0].note(self, name, value)
 
 
 class Neuron:
@@ -180,7 +170,7 @@ class Neuron:
 
         ``only``: the tensors that are read, if that is known.
         """
-        self.node, self.run = node, run
+        self.node, self.run, self.notes = node, run, Notes()
         memories = vars(node).get("_memories", {})
         self.states = [name for name, value in memories.items() if is_state(name, value)]
         self.tensors: dict[str, Tensor] = {}
@@ -195,13 +185,16 @@ class Neuron:
     @compat.quiet_triton()
     def read(self, shape: Sequence[int], notes: Notes) -> Reading:
         """The step for inputs of this shape; notes what it reads, up to where it cannot be read."""
-        tensors = list(self.tensors.values())
-        return read(partial(self.step, notes), len(self.states), tensors, shape)
+        self.notes = notes
+        if not hasattr(self.node, "_taid_tensors"):
+            check_code(getattr(self.node, "_taid_kind", type(self.node)))
+        return read(self.step, len(self.states), list(self.tensors.values()), shape)
 
     def step(
-        self, notes: Notes, x: Tensor, states: Sequence[Any], tensors: Sequence[Tensor]
+        self, x: Tensor, states: Sequence[Any], tensors: Sequence[Tensor]
     ) -> tuple[Tensor, list[Any]]:
         """One step of a copy with other states and tensors."""
+        notes = self.notes
         notes.copies.clear()
         copied = recording(self.node, notes, dict(zip(self.tensors, tensors, strict=True)))
         memories = copied.__dict__["_memories"]
@@ -227,7 +220,10 @@ class Neuron:
     def starts(self, x_seq: Tensor) -> list[Any]:
         """The states that a new neuron's first step is given: numbers where it makes no tensors."""
         memories = vars(self.node)["_memories"]
-        values = {n: 0.0 if isinstance(v, Tensor) else v for n, v in memories.items()}
+        values = {}
+        for name, value in memories.items():
+            value = compat.reset_value(self.node, name) if isinstance(value, Tensor) else value
+            values[name] = 0.0 if isinstance(value, Tensor) else value
         make = getattr(self.node, "materialize_states", None)
         if make is not None and self.run.__module__ == compat.__name__:
             values = dict(zip(values, make((x_seq,), tuple(values.values()), "m"), strict=True))
@@ -237,7 +233,7 @@ class Neuron:
         """The outputs of a sequence, step by step, and the last states."""
         outputs = []
         for x in x_seq:
-            output, states = self.step(Notes(), x, states, tensors)
+            output, states = self.step(x, states, tensors)
             outputs.append(output)
         return [torch.stack(outputs), *states]
 

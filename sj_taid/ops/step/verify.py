@@ -27,13 +27,17 @@ _checked: set[Any] = set()
 def verify(
     neuron: Neuron, reading: Reading, shape: tuple[int, ...], engine: Any, device: Any
 ) -> str | None:
-    """Why what is compiled is not used: it differs from the step. Once a structure and process."""
+    """Why what is compiled is not used: it differs from the step.
+
+    From states that are tensors once a structure, in a process. For each reading as a new neuron
+    starts, which its numbers may change, on one sample of one pixel, which a step may ask for.
+    """
     kind = getattr(neuron.node, "_taid_kind", type(neuron.node))
     channels = reading.operand_channels, reading.total_channels
     key = engine, kind, reading.program, reading.formulas, *channels
-    if key in _checked or 0 in shape[1:2]:
+    if 0 in shape[1:2]:
         return None
-    sizes = (4, *shape[1:2], *[3] * (len(shape) - 2))
+    many, one = ((n, *shape[1:2], *[n - 1 or 1] * (len(shape) - 2)) for n in (4, 1))
     with (
         torch.random.fork_rng(devices=()),
         torch.inference_mode(False),
@@ -44,8 +48,8 @@ def verify(
         try:
             pairs = [
                 pair
-                for are_tensors in (True, False)
-                for pair in _results(neuron, reading, sizes, are_tensors, engine, device)
+                for sizes in ((one,) if key in _checked else (many, one))
+                for pair in _results(neuron, reading, sizes, sizes is many, engine, device)
             ]
         except NotRead:
             raise

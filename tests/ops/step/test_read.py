@@ -250,8 +250,50 @@ def sets(self, x, v):
 
 
 def writes(self, x, v):
-    vars(self)["calls"] = 1
+    object.__setattr__(self, "calls", 1)
     return 1.0
+
+
+NUMBER, LIST, FUNCTION = 2.0, [2.0], partial(torch.mul, other=2.0)
+
+
+class Config:
+    gain = 2.0
+
+
+def by_helper(self, x, v):
+    return helper(x)
+
+
+def helper(x):
+    return NUMBER
+
+
+def in_lambda(self, x, v):
+    return (lambda a: a * NUMBER)(x)
+
+
+def by_number(number):
+    return lambda self, x, v: number
+
+
+class WithList(surrogate.ATan):
+    """A surrogate that looks for what the copy of it must have, too."""
+
+    width = [2.0]  # noqa: RUF012
+
+    def forward(self, x):
+        return own_neurons._Triangle.apply(x, getattr(self, "width", [1.0])[0])
+
+
+class WithType(WithList):
+    def forward(self, x):
+        return own_neurons._Triangle.apply(x, type(self).alpha)
+
+
+class WithDefault(WithList):
+    def forward(self, x):
+        return own_neurons._Triangle.apply(x, getattr(self, "none", 1.0))
 
 
 def swallows(self, x, v):
@@ -278,14 +320,33 @@ REFUSED = {
     "traced": (lambda self, x, v: float(x.detach().numpy().sum()), {}),
     "sets its attribute 'calls'": (sets, {"calls": 0}),
     "sets an attribute": (writes, {}),
+    "reads 'NUMBER' from outside": (lambda self, x, v: NUMBER, {}),
+    "'NUMBER' from outside": (by_helper, {}),
+    "reads 'NUMBER'": (in_lambda, {}),
+    "reads 'LIST' from outside": (lambda self, x, v: LIST[0], {}),
+    "reads 'FUNCTION' from outside": (lambda self, x, v: FUNCTION(x), {}),
+    "reads Config.gain from outside": (lambda self, x, v: Config.gain, {}),
+    "reads 'number' from outside": (by_number(2.0), {}),
+    "a partial": (lambda self, x, v: self.table(x), {"table": FUNCTION}),
+    "for 'is_grad_enabled'": (lambda self, x, v: 1.0 + torch.is_grad_enabled(), {}),
+    "for 'requires_grad'": (lambda self, x, v: 1.0 + x.requires_grad, {}),
+    "for 'type'": (lambda self, x, v: type(self).gain, {}),
+    "for '__dict__'": (lambda self, x, v: self.__dict__["gain"], {"gain": 2.0}),
+    "for '_memories'": (lambda self, x, v: self._memories["v"], {}),
+    "for '_modules'": (lambda self, x, v: self._modules["surrogate_function"](x), {}),
+    "'inner.width', a list": (lambda self, x, v: self.inner(x), {"inner": WithList()}),
+    "'type', which": (lambda self, x, v: self.inner(x), {"inner": WithType()}),
+    "for 'none', which": (lambda self, x, v: self.inner(x), {"inner": WithDefault()}),
+    "other values": (lambda self, x, v: 2.0 if x.shape[0] == 1 else 1.0, {}),
     "parameters or modules": (lambda self, x, v: self.inner(x), {"inner": nn.Conv2d(4, 4, 1)}),
     "hooks": (lambda self, x, v: self.inner(x), {"inner": hooked()}),
     "changes a module": (
         lambda self, x, v: setattr(self.inner, "alpha", 5.0) or 1.0,
         {"inner": surrogate.ATan()},
     ),
-    "reads a tensor": (lambda self, x, v: GLOBAL, {}),
-    "no parameter": (closure(torch.ones(())), {}),
+    "reads a tensor": (lambda self, x, v, t=torch.ones(()): t, {}),
+    "reads 'GLOBAL' from outside": (lambda self, x, v: GLOBAL, {}),
+    "reads 'value' from outside": (closure(torch.ones(())), {}),
     "computes in float64": (lambda self, x, v: x.double().cos().float(), {}),
     "mixes neurons": (lambda self, x, v: x.sum(), {}),
     "sums over some axes": (lambda self, x, v: x.sum(-1, keepdim=True), {}),
@@ -322,6 +383,7 @@ class Decayed(Clipped):
 
 
 @pytest.mark.parametrize("reason", REFUSED)
+@pytest.mark.filterwarnings("ignore:.*please report it")
 def test_a_step_is_refused_with_its_reason(reason):
     look, attributes = REFUSED[reason]
     node = type("Looking", (Looks,), {})(look, **attributes)  # a class each
@@ -453,3 +515,110 @@ def test_another_surrogate_a_tensor_for_a_number_and_a_hook_are_seen():
             seen.append((y.detach(), leaf.grad, len(calls) - before))
         assert torch.equal(seen[0][0], seen[1][0]) and seen[0][2] == seen[1][2]
         torch.testing.assert_close(seen[0][1], seen[1][1], rtol=1e-5, atol=1e-5)
+
+
+class StartsAt(own_neurons.Own):
+    """It makes a tensor of an attribute where its state is a number."""
+
+    states = ("a",)
+
+    def __init__(self, start):
+        super().__init__()
+        self.start = start
+
+    def first(self, x, a):
+        return a if isinstance(a, torch.Tensor) else torch.full_like(x, self.start)
+
+    if compat.FUNCTIONAL_STATES:
+
+        def single_step_functional_forward(self, inputs, states, *args, **kwargs):
+            (x,), (v, a) = inputs, states
+            a = self.first(x, a)
+            return (self.surrogate_function(v + x - a),), (v * 0.5 + x, a * 0.5)
+
+    else:
+
+        def single_step_forward(self, x):
+            v, a = self.v, self.first(x, self.a)
+            self.v, self.a = v * 0.5 + x, a * 0.5
+            return self.surrogate_function(v + x - a)
+
+
+def check_equal(plain, fast, x, reset=True):
+    """Call both, and compare what they give, their states and the gradient."""
+    seen = []
+    for node in (plain, fast):
+        if reset:
+            functional.reset_net(node)
+        leaf = x.clone().requires_grad_()
+        try:
+            y = node(leaf)
+            y.backward(torch.ones_like(y))
+            functional.detach_net(node)
+        except (RuntimeError, TypeError) as error:
+            seen.append(str(error))
+        else:
+            states = [torch.as_tensor(v) for n, v in node._memories.items() if n != "v_seq"]
+            seen.append([y.detach(), leaf.grad, *states])
+    assert type(seen[0]) is type(seen[1]), seen
+    if isinstance(seen[0], list):
+        torch.testing.assert_close(seen[1], seen[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*please report it", "ignore:.*is not fused")
+def test_what_a_step_makes_of_a_number_is_seen_for_each_value():
+    x = torch.randn(3, 2, 4, 2, 3)
+    for start in (0.0, 0.9):
+        plain = StartsAt(start)
+        fast = copy.deepcopy(plain)
+        accelerate(nn.Sequential(fast))
+        for value in (start, 0.0, 0.5):
+            plain.start = fast.start = value
+            check_equal(plain, fast, x)
+
+
+@pytest.mark.filterwarnings("ignore:.*is not fused")
+def test_an_attribute_that_becomes_a_list_is_seen():
+    plain = type("Own", (Looks,), {})(lambda self, x, v: self.table[0], table=(2.0, 1.0))
+    fast = copy.deepcopy(plain)
+    accelerate(nn.Sequential(fast))
+    for table in ((2.0, 1.0), [3.0], (4.0,), torch.tensor([0.5])):
+        plain.table = fast.table = table
+        check_equal(plain, fast, torch.randn(3, 2, 4, 2, 3))
+
+
+#: of an input [3, 2, 4, 2, 3]
+STATES = {
+    "float64": lambda: torch.randn(2, 4, 2, 3).double(),
+    "bfloat16": lambda: torch.randn(2, 4, 2, 3).bfloat16(),
+    "whole numbers": lambda: torch.randint(0, 3, (2, 4, 2, 3)),
+    "sliced": lambda: torch.randn(2, 4, 2, 6)[..., ::2],
+    "channels last": lambda: torch.randn(2, 2, 3, 4).permute(0, 3, 1, 2),
+    "expanded": lambda: torch.randn(1, 4, 1, 1).expand(2, 4, 2, 3),
+    "a number": lambda: 1,
+    "a number of numpy's": lambda: np.float32(0.3),
+    "a truth": lambda: True,
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.filterwarnings("ignore:.*is not fused")
+def test_a_state_of_another_dtype_or_layout_is_as_in_the_plain_class(state):
+    for name in ("v", "a"):
+        plain = own_neurons.AdaptiveThreshold()
+        fast = copy.deepcopy(plain)
+        accelerate(nn.Sequential(fast))
+        plain._memories[name] = fast._memories[name] = STATES[state]()
+        check_equal(plain, fast, torch.randn(3, 2, 4, 2, 3), reset=False)
+
+
+@pytest.mark.parametrize(
+    "shape", [(), (1, 4, 1, 1), (1, 4, 2, 3), (4, 2, 3), (4, 4, 2, 3), (1, 2, 4, 2, 3)]
+)
+def test_a_state_of_another_shape_never_reaches_the_loops(shape):
+    """They read as many values as a step has, and would read past its end."""
+    node = own_neurons.AdaptiveThreshold()
+    accelerate(nn.Sequential(node))
+    node._memories["a"] = torch.zeros(shape)
+    with pytest.raises(ValueError, match="has shape"):
+        node(torch.randn(3, 2, 4, 2, 3))

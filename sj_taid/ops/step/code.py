@@ -1,0 +1,137 @@
+"""What the code of a step reads of neither the neuron nor its arguments, as a global number."""
+
+from __future__ import annotations
+
+import dis
+import enum
+import math
+import sys
+from collections.abc import Iterator
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+
+from .read import NotRead
+
+#: the methods that a step begins with, of a neuron and of a module within it
+STARTS = (
+    *("single_step_functional_forward", "multi_step_functional_forward", "single_step_forward"),
+    *("multi_step_forward", "neuronal_charge", "neuronal_fire", "neuronal_reset", "forward"),
+)
+#: packages whose functions read nothing else that may change
+_KNOWN = {"torch", "numpy", "spikingjelly", "sj_taid", *sys.stdlib_module_names}
+#: names of what a copy's step finds other than a call's, or which gives attributes unseen
+_FORBIDDEN = frozenset(
+    (
+        *("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled", "requires_grad"),
+        *("is_leaf", "grad_fn", "is_inference", "get_default_dtype", "stride", "is_contiguous"),
+        *("data_ptr", "_version", "type", "__class__", "__dict__", "vars", "globals", "locals"),
+        *("eval", "exec", "_memories", "_memories_rv", "_modules", "children", "named_children"),
+        *("modules", "named_modules", "get_submodule", "state_dict", "get_reset_value"),
+    )
+)
+#: what does not change under its name, but by a hand that changes the program
+_FIXED = (
+    *(type, FunctionType, BuiltinFunctionType, ModuleType, property, staticmethod, classmethod),
+    *(enum.Enum, np.ufunc, torch.jit.ScriptFunction),
+)
+_CONSTANTS = (math.pi, math.e, math.tau, math.inf, math.nan)
+
+
+def is_fixed(value: Any, owner: Any = None) -> bool:
+    """Whether it is code or the like, without a state that its calls may read."""
+    if isinstance(value, MethodType):
+        return value.__self__ is owner or isinstance(value.__self__, type)
+    return isinstance(value, _FIXED) or any(value is number for number in _CONSTANTS)
+
+
+def check_code(kind: type) -> None:
+    """Raise :class:`NotRead` if the steps of a class read what may change unseen."""
+    walk = _Walk()
+    for name in STARTS:
+        walk.method(kind, name)
+
+
+class _Walk:
+    """Goes from a method to all that its code names, as far as that can be seen."""
+
+    def __init__(self) -> None:
+        self.seen: set[Any] = set()
+
+    def method(self, owner: type, name: str) -> None:
+        for kind in owner.__mro__:
+            value = vars(kind).get(name)
+            if isinstance(value, classmethod):
+                self._attributes(owner.__name__, owner, _names(value.__func__.__code__))
+            function = value.fget if isinstance(value, property) else value
+            self._function(owner, getattr(function, "__func__", function))
+
+    def _function(self, owner: type, function: Any) -> None:
+        function = getattr(function, "__wrapped__", function)
+        key = owner, function
+        if not isinstance(function, FunctionType) or key in self.seen:
+            return
+        self.seen.add(key)
+        code, space = function.__code__, function.__globals__
+        is_known = _is_known(space.get("__name__"))
+        names = _names(code)
+        if not is_known and (found := names & _FORBIDDEN):
+            raise NotRead(f"asks for {min(found)!r}, which may be another at the next call")
+        if is_known and "torch" in str(space.get("__name__")):
+            names = set()
+        for name in names:
+            self.method(owner, name)
+        for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+            self._value(owner, name, cell.cell_contents, names, is_known)
+        if not is_known:
+            for name in {*_globals_of(code)} & space.keys():
+                self._value(owner, name, space[name], names, is_known)
+
+    def _value(self, owner: type, name: str, value: Any, names: set[str], is_known: bool) -> None:
+        """What a function reads under a name that is none of its own."""
+        if isinstance(value, type | ModuleType):
+            home = value.__name__ if isinstance(value, ModuleType) else value.__module__
+            if value in owner.__mro__ or _is_known(home) or isinstance(value, enum.EnumMeta):
+                return
+            self._attributes(name, value, names)
+            if isinstance(value, type) and value not in self.seen:
+                self.seen.add(value)
+                for method in [m for m in vars(value) if m[:2] != "__" or m == "__call__"]:
+                    self.method(value, method)
+        elif not (is_known or is_fixed(value)):
+            raise NotRead(f"reads {name!r} from outside of it, which may change unseen")
+        self._function(owner, getattr(value, "__func__", value))
+
+    def _attributes(self, name: str, home: Any, names: set[str]) -> None:
+        """What is read of a class or of a module of Python."""
+        for attribute in names & {*dir(home)}:
+            value = getattr(home, attribute, None)
+            if not is_fixed(value):
+                raise NotRead(f"reads {name}.{attribute} from outside, which may change unseen")
+            if isinstance(home, ModuleType):
+                self._function(object, value)
+
+
+def _is_known(module: Any) -> bool:
+    return str(module).partition(".")[0] in _KNOWN
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    """A function's code, and that of functions within it."""
+    yield code
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            yield from _codes(inner)
+
+
+def _names(code: CodeType) -> set[str]:
+    return {name for inner in _codes(code) for name in inner.co_names}
+
+
+def _globals_of(code: CodeType) -> Iterator[str]:
+    for inner in _codes(code):
+        for line in dis.get_instructions(inner):
+            if line.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+                yield line.argval
