@@ -340,7 +340,7 @@ def note_for_graphs(node: Any, readings: dict[int, Reading]) -> None:
     keys = {axes: compiled.key_of(reading) for axes, reading in readings.items()}
     numbers = tuple((tuple(n.split(".")), attrgetter(n)(node)) for n in view.names)
     modules = tuple((name, type(node._modules.get(name))) for name, _ in view.modules)
-    plain = tuple((path, value) for path, value in numbers if type(value) in _NUMBERS)
+    plain = tuple((p, value) for p, value in numbers if type(value) in (*_NUMBERS, tuple))
     if len(plain) == len(numbers):
         node.__dict__["_taid_in_graphs"] = InGraphs(keys, plain, modules, view.tensor_names)
 
