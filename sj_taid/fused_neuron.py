@@ -240,11 +240,11 @@ def _numbers_of(node: Any, view: View) -> tuple[Any, ...]:
         for hooks in HOOKS:
             if getattr(module, hooks, None):
                 hooked = True
-    for number in numbers:
-        if type(number) not in _NUMBERS:
-            numbers = tuple(map(plain_value, numbers))
-            break
-    return *numbers, hooked
+    for number in numbers:  # no function of ours for each, which would cost a tenth of a call
+        for part in number if type(number) is tuple else (number,):
+            if type(part) not in _NUMBERS:
+                return *map(plain_value, numbers), hooked
+    return *numbers, *map(type, numbers), hooked
 
 
 def _plan_call(
