@@ -23,7 +23,7 @@ from ..neuron import ALIFNode
 from ..ops.step.equations import equations
 from ..ops.step.read import NotRead, Reading
 from ..ops.step.record import Neuron, Notes
-from .neurons import Site, as_inputs, check_net, copy_net, find_neurons, need_neurons
+from .neurons import Site, as_inputs, as_read, check_net, copy_net, find_neurons, need_neurons
 
 #: SpikingJelly's neurons that are no ``BaseNode``, such as PSN
 _OTHERS = [
@@ -234,18 +234,16 @@ def _equation_of(node: Any, kind: Any) -> tuple[str, str, str]:
         reason = compat.why_not_stepwise(kind)
     if reason:
         return f"not read: {reason}", "", ""
-    run = node._taid_step if is_ours else compat.step_of(kind)
-    sizes = [t.numel() for t in Neuron(node, run).tensors.values() if t.numel() > 1]
-    for shape in ((2, *sizes[:1], 5, 7), (2, *(sizes[:1] or (3,)))):
+    read, shapes = as_read(node)
+    for shape in shapes[:2]:
         try:
-            reading = Neuron(node, run).read(shape, notes := Notes())
+            reading = read.read(shape, notes := Notes())
             break
         except NotRead as error:
             reason = f"not read: its step {error}"
     else:
         return str(reason), "", ""
-    found = _names_of_constants(node, run, shape, reading, notes)
-    read = Neuron(node, run)
+    found = _names_of_constants(node, read.run, shape, reading, notes)
     lines = equations(reading, read.states, [*read.tensors], found)
     named = [n for n in dict.fromkeys(found.values()) if any(_names(n, line) for line in lines)]
     numbers = ", ".join(f"{name} = {getattr(node, name):.6g}" for name in named)

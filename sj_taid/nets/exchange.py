@@ -15,7 +15,6 @@ from ..neuron import ALIFNode
 from ..ops import backends
 from ..ops.step.read import Reading
 from ..ops.step.readings import read_neuron
-from ..ops.step.record import Neuron
 from .modules import (
     AcceleratedALIF,
     AcceleratedNeuron,
@@ -26,6 +25,7 @@ from .modules import (
 from .neurons import (
     Site,
     as_inputs,
+    as_read,
     check_net,
     copy_net,
     describe_equality,
@@ -33,7 +33,7 @@ from .neurons import (
     find_neurons,
     need_neurons,
 )
-from .report import Row
+from .report import Row, State
 from .summary import Acceleration, measure, norms_of, report_of
 
 
@@ -41,10 +41,9 @@ def accelerate(net: nn.Module, example: Any = None) -> Acceleration:
     """Train ``net`` in less memory and time with equal outputs; changes it in place.
 
     Neurons whose step is pointwise, SpikingJelly's and yours, run on the fused operator and learn
-    what they learned before. One behind a batch norm
-    takes the norm's input and computes both as one operation, so the norm's output is not saved for
-    backward. Spikes, counts and their sums are saved as bits, and some sums of a norm's output are
-    computed again.
+    what they learned before. One behind a batch norm takes the norm's input and computes both as
+    one operation, so the norm's output is not saved for backward. Spikes, counts and their sums are
+    saved as bits, and some sums of a norm's output are computed again.
 
     Outputs are equal as the report says, and to rounding behind a norm. Every module
     stays the same object, with its parameters, ``state_dict`` keys, hooks and voltages, so
@@ -105,15 +104,16 @@ def _exchange_classes(net: nn.Module) -> dict[str, Row]:
     """Give neurons and norms their accelerated classes; a row for each neuron."""
     rows = {}
     for site in find_neurons(net):
-        reason = _why_not_fused(site)
-        done, note = "" if reason else "fused operator", reason or _describe_equality(site)
-        is_fused = not reason or isinstance(site.node, Accelerated)
-        rows[site.path] = site.row(done, note, "fused" if is_fused else "left alone")
-        if not reason:
-            found = _read(site)
-            accelerate_module(site.node)._taid_name = site.path
-            if not isinstance(site.node, ALIFNode):
-                note_for_graphs(site.node, found)  # type: ignore[arg-type]
+        found = _why_not_fused(site) or _read(site)
+        if isinstance(found, str):
+            state: State = "fused" if isinstance(site.node, Accelerated) else "left alone"
+            rows[site.path] = site.row("", found, state)
+            continue
+        note = _describe_equality(site, found)
+        rows[site.path] = site.row("fused operator", note, "fused")
+        accelerate_module(site.node)._taid_name = site.path
+        if not isinstance(site.node, ALIFNode):
+            note_for_graphs(site.node, found)
     if any(isinstance(m, AcceleratedALIF | AcceleratedNeuron) for m in net.modules()):
         for _, norm in norms_of(net):
             if not isinstance(norm, AcceleratedNorm) and not why_not_fused(norm):
@@ -122,7 +122,7 @@ def _exchange_classes(net: nn.Module) -> dict[str, Row]:
 
 
 def _why_not_fused(site: Site) -> str | None:
-    """Why a neuron is left as it is, or ``None``."""
+    """Why a neuron is left as it is, whatever its step computes, or ``None``."""
     node: Any = site.node
     if isinstance(node, Accelerated):
         return "on the fused operator already"
@@ -142,8 +142,7 @@ def _why_not_fused(site: Site) -> str | None:
         )
     if any(map(callable, vars(node).values())):
         return "a function of its own, which the fused operator would not call"
-    found = _read(site)
-    return found if isinstance(found, str) else None
+    return None
 
 
 def _read(site: Site) -> dict[int, Reading] | str:
@@ -155,20 +154,16 @@ def _read(site: Site) -> dict[int, Reading] | str:
     engine = backends.resolve(backends.AUTO, x).engine
     if engine is None:
         return f"no fused operator for {x.dtype} on {x.device.type}"
-    node: Any = site.node
-    run: Any = node._taid_step if isinstance(node, ALIFNode) else compat.step_of(node.__class__)
-    sizes = [t.numel() for t in Neuron(node, run).tensors.values() if t.numel() > 1]
-    channels, about = sizes[0] if sizes else 3, (run, engine, site.device)
-    shapes = [(2, channels, *more) for more in ((5, 7), (), (5,), (5, 7, 9))]
-    found = {len(shape): read_neuron(node, shape, *about) for shape in shapes}
+    neuron, shapes = as_read(site.node)
+    about = neuron.run, engine, site.device
+    found = {len(shape): read_neuron(site.node, shape, *about) for shape in shapes}
     read = {axes: one for axes, one in found.items() if isinstance(one, Reading)}
     return read or str(found[4])
 
 
-def _describe_equality(site: Site) -> str:
+def _describe_equality(site: Site, found: dict[int, Reading]) -> str:
     """How equal the outputs of an accelerated neuron are to the plain one's."""
-    found = _read(site)
-    if isinstance(found, str) or site.dtype.itemsize < 4 or isinstance(site.node, ALIFNode):
+    if site.dtype.itemsize < 4 or isinstance(site.node, ALIFNode):
         return describe_equality(site)
     is_exact = all(reading.exact for reading in found.values())
     return f"equal outputs{'' if is_exact else ' to rounding'}"

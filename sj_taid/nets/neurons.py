@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from .._internal import compat
 from ..fused_neuron import Accelerated
 from ..ops.bits import LARGEST_COUNT
+from ..ops.step.record import Neuron
 from ..ops.surrogate import is_integer, levels_of
 from .report import Row, State
 
@@ -96,6 +97,16 @@ def find_neurons(net: nn.Module, kinds: Collection[type] = ()) -> list[Site]:
         if isinstance(module, compat.NEURONS) or type(module) in kinds:
             sites.append(Site(module, tuple(names), near.device, near.dtype))
     return sites
+
+
+def as_read(node: Any) -> tuple[Neuron, list[tuple[int, ...]]]:
+    """A neuron as its step is read, and shapes ``[N, *]`` of inputs that its parameters may fit."""
+    kind: Any = type(node)
+    run = getattr(node, "_taid_step", None) or compat.step_of(kind)
+    neuron = Neuron(node, run)
+    sizes = [t.numel() for t in neuron.tensors.values() if t.numel() > 1]
+    channels = sizes[0] if sizes else 3
+    return neuron, [(2, channels, *more) for more in ((5, 7), (), (5,), (5, 7, 9))]
 
 
 def copy_net(net: nn.Module) -> nn.Module:

@@ -5,17 +5,17 @@ import itertools
 import pytest
 import torch
 from spikingjelly.activation_based import neuron
-from torch.nn import functional as F
 
 from sj_taid import ALIFNode
-from sj_taid._internal import compat
+from sj_taid.nets.neurons import as_read
 from sj_taid.ops.alif.autograd import apply_fused
 from sj_taid.ops.alif.plan import spec_of
-from sj_taid.ops.step.record import Neuron, Notes
+from sj_taid.ops.step.record import Notes
 from tests.helpers import HALF
 from tests.nets import own_neurons
 from tests.ops.alif.conformance import pairwise
 from tests.ops.alif.host import needs_gxx
+from tests.ops.alif.norm import BatchNorm, batch_norm
 
 pytestmark = needs_gxx
 
@@ -46,12 +46,6 @@ OPTIONS = {
 ROWS = [*pairwise(OPTIONS)]
 
 
-def neuron_of(name):
-    node = MAKERS[name]()
-    run = node._taid_step if isinstance(node, ALIFNode) else compat.step_of(type(node))
-    return Neuron(node, run)
-
-
 def draw(who, row, seed):
     """The input, states and tensors of a call, a norm's, and gradients of what it gives."""
     g = torch.Generator().manual_seed(seed)
@@ -65,22 +59,11 @@ def draw(who, row, seed):
     return x, states, tensors, norm, upstream
 
 
-def statistics(x, row):
-    """A norm's mean and rstd."""
-    if row["norm"] == "fixed":
-        return torch.linspace(-0.2, 0.3, 4).to(x), torch.linspace(0.8, 1.2, 4).to(x)
-    axes = [axis for axis in range(x.dim()) if axis != 2]
-    return x.mean(axes), (x.var(axes, correction=0) + 1e-5).rsqrt()
-
-
 def normalized(x, norm, row):
-    x = x.flatten(0, 1)
-    if row["norm"] == "batch":
-        y = F.batch_norm(x, None, None, *norm, training=True)
-    else:
-        mean, rstd = statistics(x.unsqueeze(0), row)
-        y = F.batch_norm(x, mean, rstd.pow(-2) - 1e-5, *norm)
-    return y.unflatten(0, (row["T"], -1))
+    """The output of a norm, with the mean and rstd that it used."""
+    mean, rstd = torch.linspace(-0.2, 0.3, 4).to(x), torch.linspace(0.8, 1.2, 4).to(x)
+    moments = (mean, rstd.pow(-2) - 1e-5, row["norm"] == "batch", 0.0, 1e-5)
+    return batch_norm(x, BatchNorm(*norm, *moments))
 
 
 def results(run, row, given, dtype):
@@ -110,7 +93,7 @@ def by_torch(who, row):
         x = leaves["x"]
         x = x if x.dtype == torch.float64 else x.float()
         if norm:
-            x = normalized(x, [leaves["norm 0"], leaves["norm 1"]], row)
+            x, *_ = normalized(x, [leaves["norm 0"], leaves["norm 1"]], row)
         given = [leaves.get(f"state {k}", who.starts(x)[k]) for k in range(states)]
         given = [s.to(x) if isinstance(s, torch.Tensor) else s for s in given]
         return who.run_sequence(x, given, [leaves[f"parameter {k}"] for k in range(parameters)])
@@ -123,8 +106,9 @@ def by_kernels(launcher, who, reading, row):
         x = leaves["x"]
         of_norm = [None] * 4
         if norm:
-            mean_rstd = statistics(x.detach().float(), row)
-            of_norm = [*mean_rstd, leaves["norm 0"], leaves["norm 1"]]
+            of_norm = [leaves["norm 0"], leaves["norm 1"]]
+            _, *moments = normalized(x.detach().float(), [t.detach() for t in of_norm], row)
+            of_norm = [*moments, *of_norm]
         starts = who.starts(x.float())  # as numbers of half precision they would be others
         given = [leaves.get(f"state {k}") for k in range(states)]
         for k, start in enumerate(starts):
@@ -142,10 +126,10 @@ def by_kernels(launcher, who, reading, row):
 @pytest.mark.parametrize("turn", range(2))
 @pytest.mark.parametrize("name", MAKERS)
 def test_the_kernels_compute_what_a_step_computes(launcher, name, turn):
-    who = neuron_of(name)
+    who, _ = as_read(MAKERS[name]())
     for row in ROWS[turn + 2 * (list(MAKERS).index(name) % 5) :: 10]:
         if any(t.dim() > 1 for t in who.tensors.values()):  # shaped for images
-            row |= {"shape": OPTIONS["shape"][0]}
+            row = row | {"shape": OPTIONS["shape"][0]}
         check(launcher, who, row)
 
 
@@ -164,7 +148,7 @@ def check(launcher, who, row):
     for key, want in exact.items():
         have = got[key]
         if want is None or have is None:
-            assert not (0 if have is None else have).any() if have is not None else not want.any()
+            assert all(t is None or not t.any() for t in (want, have)), (key, row)
             continue
         if key.startswith("end") and reading.exact and not row["norm"]:
             assert torch.equal(have, plain[key].to(have)), (key, row)
