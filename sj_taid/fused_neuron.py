@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import functional
 from ._internal import compat, graph
-from .kept.kept import Kept, Memory, attach
+from .kept.kept import Kept, Memory, attach, leave
 from .kept.norms import find_source, reader_of
 from .kept.saving import PackedRecipe, Recipe, run_saving
 from .ops import backends
@@ -350,6 +350,7 @@ def run_in_graph(
 ) -> tuple[Any, ...] | None:
     """A neuron as one operator, or ``None``: as torch.compile traces it, on what it reads."""
     known = node.__dict__.get("_taid_in_graphs")
+    x_seq = leave(x_seq) if isinstance(x_seq, Kept) else x_seq
     if known is None or backends.resolve(node._fused_backend, x_seq).engine is None:
         return None
     key = known.keys.get(x_seq.dim() - 1, "")

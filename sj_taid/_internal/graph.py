@@ -5,6 +5,7 @@ No function reads what a graph saved, which would run the hooks of checkpointing
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import groupby
 from types import SimpleNamespace
 from typing import Any
 
@@ -73,6 +74,14 @@ def constant_in_graphs(function: Any) -> Any:
     """
     function._dynamo_marked_constant = True
     return function
+
+
+def as_constant(value: Any) -> Any:
+    """A number whose value torch.compile compiles into a graph, which keeps floats as symbols.
+
+    It asks for the value of what ``groupby`` groups by.
+    """
+    return next(groupby([value]))[0] if isinstance(value, float) else value
 
 
 def steps_aside() -> bool:

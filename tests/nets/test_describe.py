@@ -133,10 +133,7 @@ def test_example_counts_steps_and_changes_nothing(step_mode):
 
 
 def test_neuron_that_is_not_read_says_why():
-    class Noisy(neuron.LIFNode):
-        def neuronal_charge(self, x):
-            self.v = x + torch.rand_like(x)
-
+    class Noisy(neuron.BaseNode):
         def single_step_functional_forward(self, inputs, states):
             return (inputs[0] + torch.rand_like(inputs[0]),), states
 

@@ -53,8 +53,8 @@ def _key_in_graph(x_seq: Tensor, parameters: Sequence[Tensor], options: dict[str
     for name in getattr(function, "__dict__", ()):
         value = getattr(function, name)
         if isinstance(value, bool | int | float | str | tuple):
-            attributes.append((name, value))
-    numbers = options["decay_input"], options["v_reset"], options["detach_reset"]
+            attributes.append((name, graph.as_constant(value)))
+    numbers = options["decay_input"], graph.as_constant(options["v_reset"]), options["detach_reset"]
     shapes = tuple(tuple(p.shape) for p in parameters)
     about = tuple(attributes), numbers, shapes, x_seq.dim() - 1, x_seq.device.type
     return _find_key(type(function), *about)
