@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import random
+import threading
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from operator import or_
@@ -24,6 +25,9 @@ from torch.utils._pytree import tree_map_only
 
 #: ``step(x, states, parameters)`` gives the output and the next states
 Step = Callable[[Tensor, Sequence[Any], Sequence[Tensor]], tuple[Tensor, Sequence[Any]]]
+
+#: one reading at a time: torch's modes and random states belong to the process, not to a thread
+ONE_READING = threading.RLock()
 
 #: the most states, operands, totals and constants that a kernel's arguments hold
 MOST_STATES, MOST_OPERANDS, MOST_TOTALS, MOST_CONSTANTS = 4, 8, 8, 64
@@ -172,6 +176,7 @@ def _read_once(step: Step, states: int, parameters: Sequence[Tensor], shape: Any
     if states > MOST_STATES:
         raise NotRead(f"has more than {MOST_STATES} states")
     with (
+        ONE_READING,
         torch.inference_mode(False),
         torch.autocast("cpu", enabled=False),
         torch.random.fork_rng(devices=()),

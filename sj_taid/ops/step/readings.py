@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from .read import NotRead, Reading
+from .read import ONE_READING, NotRead, Reading
 from .record import HOOKS, Neuron, Notes, is_plain
 from .verify import verify
 
@@ -39,13 +39,14 @@ def read_neuron(
         shapes = tuple((name, tuple(t.shape)) for name, t in tensors.items())
         return kind, names, values_of(node, names), sizes, shapes, states, engine
 
-    found = _READINGS.get(key())
-    if found is None:
-        found = _read_and_check(node, run, shape, notes, engine, device)
-        if len(_READINGS) > _MOST_READINGS:
-            _READINGS.pop(next(iter(_READINGS)))
-        _READINGS[key()] = found
-    return found
+    with ONE_READING:
+        found = _READINGS.get(key())
+        if found is None:
+            found = _read_and_check(node, run, shape, notes, engine, device)
+            if len(_READINGS) > _MOST_READINGS:
+                _READINGS.pop(next(iter(_READINGS)))
+            _READINGS[key()] = found
+        return found
 
 
 def _read_and_check(

@@ -3,6 +3,7 @@
 import copy
 import random
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from operator import attrgetter
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from spikingjelly.activation_based import functional, neuron, surrogate
 from torch import nn
+from torch.utils import _python_dispatch
 
 pytest.importorskip("numba", reason="needs numba: pip install numba")
 from sj_taid import accelerate
@@ -622,3 +624,19 @@ def test_a_state_of_another_shape_never_reaches_the_loops(shape):
     node._memories["a"] = torch.zeros(shape)
     with pytest.raises(ValueError, match="has shape"):
         node(torch.randn(3, 2, 4, 2, 3))
+
+
+def test_threads_that_read_at_once_leave_no_mode_behind():
+    """A mode that is left would slow every later call, and torch.compile would fail."""
+
+    def read_many(seed):
+        for k in range(6):
+            x_seq = torch.randn(2, 2, 3)
+            scale = seed + k / 8 + 1.5
+            net = nn.Sequential(neuron.IFNode(v_threshold=scale, step_mode="m"))
+            accelerate(net)
+            net(x_seq)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(read_many, range(4)))
+    assert not _python_dispatch._is_in_torch_dispatch_mode
