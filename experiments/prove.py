@@ -56,9 +56,9 @@ SIZES = {
 
 #: The tests, with pytest's options, that compare a device's backend with the definition.
 CONFORMANCE = {
-    "cuda": "-m gpu tests/ops/alif/test_gpu.py "
+    "cuda": "-m gpu tests/ops/step/test_gpu.py "
     "-k 'test_conforms and -{0}- or test_at_the_threshold and torch.{0}'",
-    "cpu": "tests/ops/alif/test_cpu.py tests/ops/alif/test_norm.py "
+    "cpu": "tests/ops/step/test_cpu.py tests/ops/step/test_norm.py "
     "-k '(test_conforms or pair_of_options) and -{}-'",
 }
 
@@ -129,7 +129,7 @@ def steps(device: str, folder: Path) -> Iterator[Step]:
     contract = {backends.ENVIRONMENT_VARIABLE: backend}  # that backend, or an error
     yield Step("doctor", ("-m", "sj_taid.doctor"))
     if device == "cuda":
-        yield Step("registers", ("-m", "tests.ops.alif.nvrtc"))
+        yield Step("registers", ("-m", "tests.ops.step.nvrtc"))
     half = ("float16", "bfloat16") if device == "cuda" else ("bfloat16",)  # all the loops take
     for dtype in ("float32", *half):
         tests = shlex.split(CONFORMANCE[device].format(dtype))

@@ -40,11 +40,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     gpus = collect_env.run_and_read_all(collect_env.run, _GPUS)  # whatever torch and CuPy see
     print(f"GPU, compute capability, driver: {gpus or 'nvidia-smi knows none'}")
     if backends.works("cupy"):
-        from .ops.alif.cuda import nvrtc_version
+        from .ops.step.cuda import nvrtc_version
 
         print("NVRTC, as CuPy loaded it: {}.{}".format(*nvrtc_version))
     if backends.works("numba"):
-        from .ops.alif.cpu.rows import cache_folder
+        from .ops.step.cpu.rows import cache_folder
 
         print(f"compiled neurons are kept in {cache_folder() or 'no folder'}")
     passed, lines = zip(*map(check_backend, backends.BACKENDS), strict=True)

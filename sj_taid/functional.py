@@ -10,9 +10,9 @@ from spikingjelly.activation_based import surrogate
 from torch import Tensor
 
 from .ops import backends
-from .ops.alif.reference import state_dtype
 from .ops.bits import LARGEST_COUNT
 from .ops.step.read import NotRead
+from .ops.step.reference import state_dtype
 from .ops.surrogate import is_integer, levels_of
 
 __all__ = ["alif_multi_step", "lower_bound"]

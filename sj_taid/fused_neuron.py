@@ -17,14 +17,14 @@ from .kept.kept import Kept, Memory, attach, leave
 from .kept.norms import find_source, reader_of
 from .kept.saving import PackedRecipe, Recipe, run_saving
 from .ops import backends
-from .ops.alif import compiled
-from .ops.alif.autograd import apply_fused
-from .ops.alif.plan import Plan, Plans, Spec, arranged, find_plan, spec_of
-from .ops.alif.reference import state_dtype
 from .ops.bits import is_dense
+from .ops.step import compiled
+from .ops.step.autograd import apply_fused
+from .ops.step.plan import Plan, Plans, Spec, arranged, find_plan, spec_of
 from .ops.step.read import Reading
 from .ops.step.readings import NAMES, has, plain_value, read_neuron
 from .ops.step.record import HOOKS, Neuron, Notes
+from .ops.step.reference import state_dtype
 
 #: the kinds of tensors that a plan takes
 _TAKES = (Tensor, nn.Parameter, Kept)
@@ -61,7 +61,7 @@ class _Call(NamedTuple):
 
 
 class FusedNeuron:
-    """A neuron whose sequences run by plans of the fused operator: :mod:`.ops.alif.plan`.
+    """A neuron whose sequences run by plans of the fused operator: :mod:`.ops.step.plan`.
 
     A subclass says what is read: its step. One that is accelerated takes the input of the norm
     before it, and its spikes are saved as bits.

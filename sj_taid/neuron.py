@@ -23,8 +23,8 @@ from ._internal.checks import (
 from .fused_neuron import FusedNeuron
 from .kept.kept import Kept, leave
 from .ops import backends
-from .ops.alif import reference
-from .ops.alif.reference import state_dtype
+from .ops.step import reference
+from .ops.step.reference import state_dtype
 from .ops.surrogate import MultiLevelSpikeCount, is_integer, levels_of
 
 __all__ = ["ALIFNode"]

@@ -13,9 +13,9 @@ from spikingjelly.activation_based import surrogate
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from sj_taid.ops.alif import reference
+from sj_taid.ops.step import reference
 from sj_taid.ops.surrogate import MultiLevelSpikeCount, is_integer
-from tests.ops.alif.norm import BatchNorm, batch_norm, with_norm
+from tests.ops.step.norm import BatchNorm, batch_norm, with_norm
 
 Leaves = dict[str, Tensor]
 HALF = (torch.float16, torch.bfloat16)

@@ -47,7 +47,7 @@ def test_doctor_prints_what_a_bug_report_needs(report):
 def test_cupy_needs_a_torch_with_cuda(monkeypatch):
     """Whatever CuPy sees."""
     monkeypatch.setattr(torch.version, "cuda", None)
-    monkeypatch.setitem(sys.modules, "sj_taid.ops.alif.cuda", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "sj_taid.ops.step.cuda", SimpleNamespace())
     backends._failure_of.cache_clear()
     assert "is built without CUDA" in doctor.check_backend("cupy")[1]
     backends._failure_of.cache_clear()

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from .._internal import graph
 from ..ops import backends, bits
-from ..ops.alif.plan import Plans, Spec, arranged
 from ..ops.bits import is_dense
+from ..ops.step.plan import Plans, Spec, arranged
 from ..ops.step.read import Reading
 from .kept import Kept, Memory, attach
 from .saving import Recipe, unchanged

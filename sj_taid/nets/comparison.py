@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from .._internal import compat
 from .._internal.context import forked
-from ..ops.alif.reference import state_dtype
+from ..ops.step.reference import state_dtype
 from ..state import reset
 from .neurons import Site, copy_net
 

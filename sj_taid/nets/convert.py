@@ -17,7 +17,7 @@ from ..fused_neuron import restore
 from ..monitoring import notes_on_thresholds, warn_of
 from ..neuron import ALIFNode
 from ..ops import backends
-from ..ops.alif.reference import state_dtype
+from ..ops.step.reference import state_dtype
 from ..ops.surrogate import is_integer
 from ..state import name_neurons
 from .comparison import compare

@@ -18,7 +18,7 @@ from ..kept.kept import Kept
 from ..kept.norms import normalize, place_of
 from ..kept.saving import run_saving
 from ..neuron import ALIFNode
-from ..ops.alif.plan import Plans
+from ..ops.step.plan import Plans
 from ..ops.step.record import is_state
 
 

@@ -3,7 +3,7 @@
 A :class:`Backend` has these functions:
 
 * ``multi_step(x_seq, v, w, v_threshold, *, ...)`` with the signature and the results of
-  :func:`sj_taid.ops.alif.reference.multi_step`;
+  :func:`sj_taid.ops.step.reference.multi_step`;
 * ``unsupported(x_seq)``: why it cannot take this input, or ``None``;
 * its ``engine``'s, if it is fused.
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .._internal.graph import constant_in_graphs, is_watched
 from . import bits
-from .alif import reference
+from .step import reference
 
 AUTO = "auto"
 ENVIRONMENT_VARIABLE = "SJ_TAID_BACKEND"
@@ -46,7 +46,7 @@ def _torch() -> Backend:
 
 
 def _numba() -> Backend:
-    from .alif import cpu
+    from .step import cpu
 
     return Backend(cpu.multi_step, cpu.unsupported, cpu.ENGINE)
 
@@ -54,7 +54,7 @@ def _numba() -> Backend:
 def _cupy() -> Backend:
     if torch.version.cuda is None:  # CuPy may find a GPU that this torch does not
         raise ImportError(f"torch {torch.__version__} is built without CUDA")
-    from .alif import cuda
+    from .step import cuda
 
     return Backend(cuda.multi_step, cuda.unsupported, cuda.ENGINE)
 

@@ -17,7 +17,7 @@ from sj_taid._internal import graph
 from sj_taid._internal.compat import FUNCTIONAL_STATES
 from sj_taid.fused_neuron import Accelerated
 from sj_taid.ops import backends
-from sj_taid.ops.alif import reference
+from sj_taid.ops.step import reference
 from tests import zoo
 from tests.nets.alike import assert_same, count_fused, robust
 

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 from sj_taid import swap_neurons
 from sj_taid.ops import backends
-from sj_taid.ops.alif import reference
+from sj_taid.ops.step import reference
 
 X = torch.zeros(2, 3)
 

@@ -150,7 +150,7 @@ def test_load_model_refuses_other_models_and_foreign_classes(trained, tmp_path):
     for old, new, end, message in (
         ("hidden: 8", "hidden: 9", "", other),
         (target, "os.system", "", r"names 'os\.system'.*you trust it"),
-        (target, "sj_taid.ops.alif.kernels.Path.touch", "", "you trust it"),
+        (target, "sj_taid.ops.step.kernels.Path.touch", "", "you trust it"),
         ("\n  neuron: ${neuron}\n", "\n  neuron: ${evil}\n", evil, "you trust it"),
     ):
         assert old in text

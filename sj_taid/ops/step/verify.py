@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from ..alif.autograd import apply_fused
-from ..alif.plan import find_plan, spec_of
+from .autograd import apply_fused
+from .plan import find_plan, spec_of
 from .read import NotRead, Reading, _same
 from .record import Neuron
 

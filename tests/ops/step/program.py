@@ -6,8 +6,8 @@ from functools import cache
 import numpy as np
 import torch
 
-from sj_taid.ops.alif.cpu import rows
-from sj_taid.ops.alif.cpu.loops import PITCH, ROW
+from sj_taid.ops.step.cpu import rows
+from sj_taid.ops.step.cpu.loops import PITCH, ROW
 from sj_taid.ops.step.text import EXPRESSIONS
 
 OPERATIONS = list(EXPRESSIONS)

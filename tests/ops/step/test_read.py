@@ -17,7 +17,7 @@ from torch.utils import _python_dispatch
 pytest.importorskip("numba", reason="needs numba: pip install numba")
 from sj_taid import accelerate
 from sj_taid._internal import compat
-from sj_taid.ops.alif import cpu
+from sj_taid.ops.step import cpu
 from sj_taid.ops.step.read import NotRead, read
 from sj_taid.ops.step.readings import NAMES, read_neuron
 from sj_taid.ops.step.verify import _run

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from sj_taid.ops.alif import kernels, reference
+from sj_taid.ops.step import kernels, reference
 from sj_taid.ops.step.read import MOST_TOTALS
 from tests.helpers import assert_spikes_at_their_edges
-from tests.ops.alif.conformance import (
+from tests.ops.step.conformance import (
     COUNT_OPTIONS,
     OPTIONS,
     compare,
@@ -23,8 +23,8 @@ from tests.ops.alif.conformance import (
     make_spec,
     pairwise,
 )
-from tests.ops.alif.host import GXX, LAUNCHER, Host, needs_gxx
-from tests.ops.alif.test_cuda import check_packing, check_starts
+from tests.ops.step.host import GXX, LAUNCHER, Host, needs_gxx
+from tests.ops.step.test_cuda import check_packing, check_starts
 
 pytestmark = needs_gxx
 needs_ucontext = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no ucontext.h")
@@ -246,7 +246,7 @@ def test_kernels_run_clean_under_sanitizers(tmp_path):
         for name in ("libasan.so", "libubsan.so")
     ]
     result = subprocess.run(
-        [sys.executable, "-m", "tests.ops.alif.sanitized", tmp_path],
+        [sys.executable, "-m", "tests.ops.step.sanitized", tmp_path],
         env=os.environ | {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0"},
         cwd=Path(__file__).parents[3],
         capture_output=True,

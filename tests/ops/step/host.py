@@ -24,9 +24,8 @@ from zlib import crc32
 import pytest
 import torch
 
-from sj_taid.ops.alif import autograd
-from sj_taid.ops.alif.plan import ENGINES
-from sj_taid.ops.step import readings
+from sj_taid.ops.step import autograd, readings
+from sj_taid.ops.step.plan import ENGINES
 from tests.helpers import results
 
 GXX = shutil.which("g++")
@@ -114,7 +113,7 @@ class Host:
 
     def load_cuda(self, cupy):
         """``cuda.py`` over this CuPy, under a name of its own."""
-        name = "sj_taid.ops.alif.cuda_on_host"
+        name = "sj_taid.ops.step.cuda_on_host"
         spec = importlib.util.spec_from_file_location(name, self.launcher)
         module = importlib.util.module_from_spec(spec)
         with pytest.MonkeyPatch.context() as patch:

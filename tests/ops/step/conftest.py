@@ -1,6 +1,6 @@
 import pytest
 
-from tests.ops.alif.host import Host
+from tests.ops.step.host import Host
 
 
 @pytest.fixture(scope="session")

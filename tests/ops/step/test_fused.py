@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sj_taid.ops import bits
-from sj_taid.ops.alif import reference
+from sj_taid.ops.step import reference
 from sj_taid.ops.surrogate import MultiLevelSpikeCount
 from tests.helpers import (
     HALF,
@@ -21,8 +21,8 @@ from tests.helpers import (
     results,
     tensors,
 )
-from tests.ops.alif.conformance import SURROGATES, compare, pairwise
-from tests.ops.alif.host import GXX, shifted
+from tests.ops.step.conformance import SURROGATES, compare, pairwise
+from tests.ops.step.host import GXX, shifted
 
 COUNTS = MultiLevelSpikeCount(4)
 
@@ -31,7 +31,7 @@ COUNTS = MultiLevelSpikeCount(4)
 def fused(request):
     """A backend's module, for tensors on the CPU."""
     if request.param == "numba":
-        return pytest.importorskip("sj_taid.ops.alif.cpu", reason="needs numba: pip install numba")
+        return pytest.importorskip("sj_taid.ops.step.cpu", reason="needs numba: pip install numba")
     if GXX is None:
         pytest.skip("needs g++ to compile kernels.cu as C++")
     return request.getfixturevalue("launcher").cuda

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ops.alif import nvrtc
+from tests.ops.step import nvrtc
 
 try:
     nvrtc.library()

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ... import PROCESS
-from ...step.text import Layout
+from ..text import Layout
 from . import loops
 
 #: floats of a block's rows, which stay in the second-level cache

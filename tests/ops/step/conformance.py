@@ -21,12 +21,12 @@ from torch import Tensor
 
 from sj_taid._internal.compat import FUNCTIONAL_STATES
 from sj_taid.ops import bits
-from sj_taid.ops.alif import reference
-from sj_taid.ops.alif.plan import Spec, spec_of
+from sj_taid.ops.step import reference
+from sj_taid.ops.step.plan import Spec, spec_of
 from sj_taid.ops.step.read import Reading
 from sj_taid.ops.surrogate import MultiLevelSpikeCount, Rect, is_integer, levels_of
 from tests.helpers import HALF, Case, Leaves, differences, results, tensors
-from tests.ops.alif.norm import read_unchecked
+from tests.ops.step.norm import read_unchecked
 
 #: Name -> one step's shape and the order of a sequence's axes in memory. Images: neighbours share a
 #: channel. Features and channels-last: they do not. Odd: no 16-byte accesses.

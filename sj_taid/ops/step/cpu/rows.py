@@ -21,8 +21,8 @@ from numba import cfunc, config
 from numba.core.caching import _CacheLocator
 from numba.extending import register_jitable
 
-from ...step import text
-from ...step.read import Program
+from .. import text
+from ..read import Program
 from .loops import PITCH, ROW_SIGNATURE
 
 _smooth = register_jitable(error_model="numpy", fastmath={"contract"})

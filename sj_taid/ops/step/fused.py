@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from ..._internal import graph
 from ..bits import is_dense
-from ..step.read import NotRead, Reading
-from ..step.readings import read_neuron
 from . import compiled, reference
 from .autograd import apply_fused
 from .plan import ENGINES, Engine, arranged, find_plan, spec_of
+from .read import NotRead, Reading
+from .readings import read_neuron
 
 
 class _ALIF(base.MemoryModule):
@@ -85,7 +85,7 @@ def multi_step(
     store_v_seq: bool,
     **options: Any,
 ) -> tuple[Any, ...]:
-    """:func:`sj_taid.ops.alif.reference.multi_step` by a fused engine.
+    """:func:`sj_taid.ops.step.reference.multi_step` by a fused engine.
 
     A dense ``x_seq`` with time outermost is taken in its own layout (contiguous, channels-last);
     any other is made contiguous once. In a graph of ``torch.compile`` the neuron is one operator;

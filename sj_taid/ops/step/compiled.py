@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..._internal.graph import constant_in_graphs
 from ..bits import is_dense
-from ..step.read import Reading
 from .plan import ENGINES, arranged, find_plan, spec_of
+from .read import Reading
 from .reference import state_dtype
 
 #: a hash -> the reading: the same in every process, since torch keeps compiled graphs on disk

@@ -8,14 +8,14 @@ from spikingjelly.activation_based import neuron
 
 from sj_taid import ALIFNode
 from sj_taid.nets.neurons import as_read
-from sj_taid.ops.alif.autograd import apply_fused
-from sj_taid.ops.alif.plan import spec_of
+from sj_taid.ops.step.autograd import apply_fused
+from sj_taid.ops.step.plan import spec_of
 from sj_taid.ops.step.record import Notes
 from tests.helpers import HALF
 from tests.nets import own_neurons
-from tests.ops.alif.conformance import pairwise
-from tests.ops.alif.host import needs_gxx
-from tests.ops.alif.norm import BatchNorm, batch_norm
+from tests.ops.step.conformance import pairwise
+from tests.ops.step.host import needs_gxx
+from tests.ops.step.norm import BatchNorm, batch_norm
 
 pytestmark = needs_gxx
 

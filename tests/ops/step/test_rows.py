@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("numba", reason="needs numba: pip install numba")
 from numba import config
 
-from sj_taid.ops.alif.cpu import rows
+from sj_taid.ops.step.cpu import rows
 
 SOURCE = """def row(scratch, given, states, out, after, constants, n):
     for i in range(n):

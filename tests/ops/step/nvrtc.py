@@ -1,6 +1,6 @@
 """NVRTC, NVIDIA's run-time compiler, called from Python: compiles the kernels without a GPU.
 
-    python -m tests.ops.alif.nvrtc --arch sm_90
+    python -m tests.ops.step.nvrtc --arch sm_90
 
 prints the registers and spills of the kernels. The library comes with CUDA, with CUDA
 builds of PyTorch and with the ``nvidia-cuda-nvrtc`` wheel.
@@ -24,13 +24,13 @@ import torch
 from spikingjelly.activation_based import neuron
 
 from sj_taid._internal import compat
-from sj_taid.ops.alif import kernels
-from sj_taid.ops.alif.kernels import NEED_NORM, NEED_TOTAL, NEED_X
-from sj_taid.ops.alif.plan import spec_of
+from sj_taid.ops.step import kernels
+from sj_taid.ops.step.kernels import NEED_NORM, NEED_TOTAL, NEED_X
+from sj_taid.ops.step.plan import spec_of
 from sj_taid.ops.step.read import Reading
 from sj_taid.ops.step.record import Neuron, Notes
 from tests.helpers import Case
-from tests.ops.alif.conformance import COUNTS, SURROGATES, make_reading, pairwise
+from tests.ops.step.conformance import COUNTS, SURROGATES, make_reading, pairwise
 
 
 class Resources(NamedTuple):

@@ -3,7 +3,7 @@
 The definition is torch's own batch norm over time, batch and space. Its result has the dtype of the
 state: it is never rounded to that of a half-precision input. The fused backends take mean and rstd
 from it, and compute ``(x - mean) (weight rstd) + bias`` themselves, in forward and again in
-backward; the README of ``sj_taid/ops/alif`` has the gradients.
+backward; the README of ``sj_taid/ops/step`` has the gradients.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from sj_taid._internal import graph
-from sj_taid.ops.alif import reference
-from sj_taid.ops.alif.autograd import apply_fused
-from sj_taid.ops.alif.fused import _ALIF, operands_of
-from sj_taid.ops.alif.plan import Engine, find_plan, spec_of
+from sj_taid.ops.step import reference
+from sj_taid.ops.step.autograd import apply_fused
+from sj_taid.ops.step.fused import _ALIF, operands_of
+from sj_taid.ops.step.plan import Engine, find_plan, spec_of
 from sj_taid.ops.step.read import Reading
 from sj_taid.ops.step.record import Neuron, Notes
 

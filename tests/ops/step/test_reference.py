@@ -9,7 +9,7 @@ from spikingjelly.activation_based import neuron, surrogate
 
 from sj_taid._internal import compat
 from sj_taid.functional import alif_multi_step
-from sj_taid.ops.alif import reference
+from sj_taid.ops.step import reference
 from sj_taid.ops.surrogate import MultiLevelSpikeCount, is_integer, levels_of
 from tests.helpers import TOLERANCE, count_grid, grid, results, tensors
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..bits import packed_shape
-from ..step.read import Reading
+from .read import Reading
 
 
 class Spec(NamedTuple):

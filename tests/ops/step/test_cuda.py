@@ -14,12 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sj_taid
 from sj_taid.ops import backends
-from sj_taid.ops.alif import compiled, kernels
-from sj_taid.ops.alif.kernels import NEED_NORM, NEED_TOTAL, NEED_X
-from sj_taid.ops.alif.plan import ENGINES
+from sj_taid.ops.step import compiled, kernels
+from sj_taid.ops.step.kernels import NEED_NORM, NEED_TOTAL, NEED_X
+from sj_taid.ops.step.plan import ENGINES
 from tests.helpers import Case, assert_equal, results, tensors
-from tests.ops.alif.conformance import make_reading, make_spec
-from tests.ops.alif.host import CompileError, needs_gxx, shifted
+from tests.ops.step.conformance import make_reading, make_spec
+from tests.ops.step.host import CompileError, needs_gxx, shifted
 
 pytestmark = needs_gxx
 

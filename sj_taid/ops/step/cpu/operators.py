@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ... import bits
-from ...step.text import Layout
 from .. import autograd, fused
 from ..plan import ENGINES, Engine, Plan, Spec
+from ..text import Layout
 from . import loops, rows, threads
 from .threads import Call, ask_for_huge_pages, partition
 
@@ -149,5 +149,5 @@ def unpack_into(packed: Tensor, values: Tensor) -> None:
 
 ENGINES["cpu"] = ENGINE = Engine(_make_plan, pack, unpack_into)
 unsupported = partial(autograd.unsupported, "cpu", DTYPES)
-#: :func:`sj_taid.ops.alif.reference.multi_step`, fused
+#: :func:`sj_taid.ops.step.reference.multi_step`, fused
 multi_step = partial(fused.multi_step, ENGINE)

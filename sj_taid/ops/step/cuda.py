@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from .. import bits
-from ..step.read import MOST_TOTALS
 from . import autograd, fused, kernels
 from .kernels import NEED_NORM, NEED_TOTAL, NEED_X, Grid
 from .plan import ENGINES, Engine, Plan, Spec
+from .read import MOST_TOTALS
 
 if torch.version.hip:
     raise ImportError("the kernels are for NVIDIA GPUs, not for ROCm")
@@ -226,7 +226,7 @@ def _prepare_packing(
 
 
 ENGINES["cuda"] = ENGINE = Engine(CudaPlan, pack, unpack_into)
-#: :func:`sj_taid.ops.alif.reference.multi_step`, fused
+#: :func:`sj_taid.ops.step.reference.multi_step`, fused
 multi_step = partial(fused.multi_step, ENGINE)
 
 

@@ -4,14 +4,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from sj_taid.ops.alif.plan import find_plan
+from sj_taid.ops.step.plan import find_plan
 from tests.helpers import Case, results, tensors
-from tests.ops.alif.conformance import compare
-from tests.ops.alif.norm import BatchNorm, batch_norm
+from tests.ops.step.conformance import compare
+from tests.ops.step.norm import BatchNorm, batch_norm
 
 pytest.importorskip("numba", reason="needs numba: pip install numba")
-from sj_taid.ops.alif import cpu
-from sj_taid.ops.alif.cpu import threads
+from sj_taid.ops.step import cpu
+from sj_taid.ops.step.cpu import threads
 
 IMAGES = Case(shape=(6, 3, 5, 2, 3), norm="batch")
 SHAPES = [

@@ -9,8 +9,8 @@ from torch import nn
 from sj_taid import ALIFNode
 from sj_taid.functional import alif_multi_step
 from sj_taid.ops import bits
-from sj_taid.ops.alif import reference
-from sj_taid.ops.alif.plan import find_plan
+from sj_taid.ops.step import reference
+from sj_taid.ops.step.plan import find_plan
 from tests.helpers import (
     Case,
     assert_close,
@@ -20,7 +20,7 @@ from tests.helpers import (
     results,
     tensors,
 )
-from tests.ops.alif.conformance import (
+from tests.ops.step.conformance import (
     COMPACT,
     COUNT_OPTIONS,
     OPTIONS,
@@ -38,7 +38,7 @@ on_gpu = partial(alif_multi_step, backend="cupy")
 
 @pytest.fixture
 def cuda():
-    from sj_taid.ops.alif import cuda
+    from sj_taid.ops.step import cuda
 
     cuda.launches.clear()
     return cuda

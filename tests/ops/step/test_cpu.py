@@ -11,9 +11,8 @@ import torch
 from spikingjelly.activation_based import surrogate
 
 from sj_taid.ops import backends
-from sj_taid.ops.alif import compiled, reference
-from sj_taid.ops.alif.plan import find_plan
-from sj_taid.ops.step import readings
+from sj_taid.ops.step import compiled, readings, reference
+from sj_taid.ops.step.plan import find_plan
 from sj_taid.ops.surrogate import MultiLevelSpikeCount
 from tests.helpers import (
     Case,
@@ -26,7 +25,7 @@ from tests.helpers import (
     results,
     tensors,
 )
-from tests.ops.alif.conformance import (
+from tests.ops.step.conformance import (
     COUNT_OPTIONS,
     OPTIONS,
     SURROGATES,
@@ -35,13 +34,13 @@ from tests.ops.alif.conformance import (
     make_reading,
     pairwise,
 )
-from tests.ops.alif.norm import BatchNorm, with_norm
+from tests.ops.step.norm import BatchNorm, with_norm
 
 pytest.importorskip("numba", reason="needs numba: pip install numba")
 import numba
 
-from sj_taid.ops.alif import cpu
-from sj_taid.ops.alif.cpu import loops, rows, threads
+from sj_taid.ops.step import cpu
+from sj_taid.ops.step.cpu import loops, rows, threads
 
 FLOATS = cpu.operators.DTYPES
 # Two parts at least, and cheap: with GRAIN lowered to 1 it is worth any number of threads.

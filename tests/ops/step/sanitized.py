@@ -1,6 +1,6 @@
 """Run the kernels under the address and undefined-behaviour sanitizers.
 
-    LD_PRELOAD="libasan.so libubsan.so" python -m tests.ops.alif.sanitized DIRECTORY
+    LD_PRELOAD="libasan.so libubsan.so" python -m tests.ops.step.sanitized DIRECTORY
 
 Tensors come from malloc, whose blocks the sanitizer guards at their exact size. The cases cover
 every pair of the options that decide which memory a kernel accesses. At the end one thread too many
@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from tests.helpers import results
-from tests.ops.alif.conformance import OPTIONS, make_case, pairwise, tensors_off_threshold
-from tests.ops.alif.host import Host
+from tests.ops.step.conformance import OPTIONS, make_case, pairwise, tensors_off_threshold
+from tests.ops.step.host import Host
 
 MEMORY = {name: OPTIONS[name] for name in ("layout", "per_channel", "v_init", "norm", "pack")}
 # One sweep, and segments of which the last is cut short; bfloat16 is as wide as float16.
