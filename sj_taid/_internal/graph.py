@@ -29,6 +29,7 @@ is_transformed: Callable[[], bool] = torch._C._are_functorch_transforms_active
 is_batched: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
 #: ``F.batch_norm`` that gives mean and ``(var + eps)^(-1/2)`` of the batch too
 batch_norm: Any = torch._batch_norm_impl_index
+batch_norm_backward: Any = torch.ops.aten.native_batch_norm_backward.default
 
 
 def map_batch(rule: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, ...]:

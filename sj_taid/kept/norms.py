@@ -1,6 +1,6 @@
-"""Batch norms: torch's own, whose output says from what a neuron can compute it.
+"""Batch norms: torch's, or in training the engine's own, whose output says how it is computed.
 
-A norm's output is a real tensor with torch's graph. Its :class:`Source` has the norm's input and
+A norm's output is a real tensor with torch's gradient. Its :class:`Source` has the norm's input and
 numbers, which a neuron on the fused operator takes instead: then nobody saves the output. A
 :class:`Place` says where the values of the output, or of a view, lie in that input.
 """
@@ -12,7 +12,7 @@ from operator import index
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._internal import graph
 from ..ops import backends, bits
@@ -33,6 +33,8 @@ class Place:
     def __init__(self, at: Tensor, channels: int, inner: int, about: Any) -> None:
         """``inner``: neighbours in memory of one channel; ``about``: dtype and device."""
         self.at, self.channels, self.inner, self.about = at, channels, inner, about
+        #: the engine's own batch norm in training
+        self.own: Any = None
         self._views = Plans()
         (steps, *_), (time, *_) = at.shape, at.stride()
         neurons = at.numel() // steps
@@ -184,8 +186,8 @@ class Normalized(Recipe):
 
     is_saved, holds_others = False, True
 
-    def __init__(self, source: Source, folds: bool) -> None:
-        self._source, self._folds = source, folds
+    def __init__(self, source: Source, folds: bool, is_own: bool) -> None:
+        self._source, self._folds, self._is_own = source, folds, is_own
 
     def of(self, tensor: Tensor) -> Recipe | None:
         source = self._source
@@ -194,20 +196,68 @@ class Normalized(Recipe):
             return None
         # Copies: an optimizer may change parameters before backward.
         numbers = [None if t is None else t.detach().clone() for t in (source.weight, source.bias)]
-        numbers += source.running or (None, None)
+        of_batch = (source.mean, source.rstd) if self._is_own else (None, None)
+        numbers += source.running or of_batch
         flat = x.detach().flatten(0, 1) if self._folds else x.detach()
         view = tensor.shape, tensor.stride(), tensor.storage_offset()
         options = not source.fixed, 0.0, source.eps, torch.backends.cudnn.enabled
-        make = partial(_normalize_again, flat, x._version, numbers, options, view)
+        normalize = _by_rstd if self._is_own else torch.batch_norm
+        make = partial(_normalize_again, normalize, flat, x._version, numbers, options, view)
         return Recipe(make, cost=3)
 
 
-def _normalize_again(x: Tensor, version: int, numbers: Any, options: Any, view: Any) -> Tensor:
-    return torch.batch_norm(unchanged(x, version), *numbers, *options).as_strided(*view)
+def _normalize_again(
+    normalize: Any, x: Tensor, version: int, numbers: Any, options: Any, view: Any
+) -> Tensor:
+    return normalize(unchanged(x, version), *numbers, *options).as_strided(*view)
+
+
+def _by_rstd(x: Tensor, weight: Any, bias: Any, mean: Tensor, rstd: Tensor, *_: Any) -> Tensor:
+    """The output of the engine's own norm, to the bit."""
+    shape = -1, *[1] * (x.dim() - 2)
+    gain = rstd if weight is None else rstd * weight
+    y = (x - mean.view(shape)).mul_(gain.view(shape))
+    return y if bias is None else y.add_(bias.view(shape))
+
+
+class _OwnNorm(torch.autograd.Function):
+    """The engine's own norm, with torch's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        own, x, weight, *_, ctx.eps = inputs
+        y, mean, rstd = own(*inputs[1:])
+        ctx.save_for_backward(x, weight, mean, rstd)
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.set_materialize_grads(False)
+        return y, mean, rstd
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any, *_: Any) -> tuple[Tensor | None, ...]:
+        x, weight, mean, rstd = ctx.saved_tensors
+        needs = ctx.needs_input_grad[1:4]
+        grads: Any = None, None, None
+        if grad is not None:
+            with graph.plain_functions():
+                grads = graph.batch_norm_backward(
+                    grad, x, weight, None, None, mean, rstd, True, ctx.eps, needs
+                )
+        return None, *grads, None, None, None, None
+
+
+_own_norm = graph.apply_of(_OwnNorm)
+
+
+def _fits(tensor: Any, channels: int) -> bool:
+    """Whether the engine's own norm takes a parameter or running statistics."""
+    if tensor is None:
+        return True
+    is_plain = type(tensor) in (Tensor, nn.Parameter) and tensor.dtype == torch.float32
+    return is_plain and tensor.is_cpu and tensor.shape == (channels,) and tensor.is_contiguous()
 
 
 def normalize(norm: Any, x: Tensor, place: Place, folds: bool) -> Tensor:
-    """Torch's batch norm of ``x``, whose output has a source; as ``_BatchNorm.forward``.
+    """The batch norm of ``x``, whose output has a source; as ``_BatchNorm.forward``.
 
     ``folds``: whether ``x`` is ``[T, N, C, *]``, not ``[M, C, *]``.
     """
@@ -222,9 +272,16 @@ def normalize(norm: Any, x: Tensor, place: Place, folds: bool) -> Tensor:
     running: Any = (mean, var) if not training or tracks else (None, None)
     x = x if x.stride() == place.at.stride() else x.contiguous()  # as the plain module's flatten
     flat = x.flatten(0, 1) if folds else x
-    y, mean, rstd, *_ = graph.batch_norm(
-        *(flat, weight, bias, *running, not fixed, factor, eps, torch.backends.cudnn.enabled)
-    )
+    own: Any = None if fixed else place.own
+    for tensor in (weight, bias, *running) if own else ():
+        own = own if _fits(tensor, place.channels) else None
+    if own:
+        numbers = float(factor), float(eps)
+        y, mean, rstd = _own_norm(own, flat, weight, bias, *running, *numbers)
+    else:
+        y, mean, rstd, *_ = graph.batch_norm(
+            *(flat, weight, bias, *running, not fixed, factor, eps, torch.backends.cudnn.enabled)
+        )
     if flat.dim() > 3 and 1 in flat.shape and not flat.is_cuda:
         # Torch reads a gradient in another memory order wrongly: an axis of size 1 hides the order.
         y.register_hook(partial(arranged, strides=flat.stride()))
@@ -233,7 +290,7 @@ def normalize(norm: Any, x: Tensor, place: Place, folds: bool) -> Tensor:
         rstd = var.float().add(eps).rsqrt()
     y = y.view(x.shape) if folds else y
     source = Source(x, weight, bias, mean, rstd, running if fixed else None, eps)
-    return attach(y, Memory(y), Normalized(source, folds), source, place)
+    return attach(y, Memory(y), Normalized(source, folds, bool(own)), source, place)
 
 
 def place_of(norm: Any, x: Tensor, folds: bool) -> Place | None:
@@ -246,11 +303,14 @@ def place_of(norm: Any, x: Tensor, folds: bool) -> Place | None:
         norm._check_input_dim(flat)
     except (ValueError, AssertionError):  # torch's error, or SpikingJelly's
         return None
-    if x.numel() <= channels or backends.engine_of(x.device.type) is bits:
+    engine = backends.engine_of(x.device.type)
+    if x.numel() <= channels or engine is bits:
         return None
     dense = x if graph.shares_memory(flat, x) else flat.view(x.shape)  # a copy
     if not is_dense(dense):
         return None
     at = torch.empty_strided(x.shape, dense.stride(), device="meta")
     inner = dense.stride(axis) if channels > 1 else x.numel()
-    return Place(at, channels, inner, (x.dtype, x.device))
+    place = Place(at, channels, inner, (x.dtype, x.device))
+    place.own = engine.plan_norm(flat)
+    return place

@@ -220,6 +220,8 @@ class Engine(NamedTuple):
     plan: Callable[[Spec], Plan]
     pack: Callable[[Tensor, int], Tensor]
     unpack_into: Callable[[Tensor, Tensor], None]
+    #: its own batch norm in training of such an input, or ``None``
+    plan_norm: Callable[[Tensor], Any] = lambda x: None
 
 
 #: device type -> the engine of its fused backend, which enters it when it is imported

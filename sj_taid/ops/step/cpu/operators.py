@@ -13,6 +13,7 @@ from .. import autograd, fused
 from ..plan import ENGINES, Engine, Plan, Spec
 from ..text import Layout
 from . import loops, rows, threads
+from .norm import plan_norm
 from .threads import Call, ask_for_huge_pages, partition
 
 #: of input, spikes and their gradients; the loops compute on float32, and half precision is cast
@@ -147,7 +148,7 @@ def unpack_into(packed: Tensor, values: Tensor) -> None:
         values.copy_(floats)
 
 
-ENGINES["cpu"] = ENGINE = Engine(_make_plan, pack, unpack_into)
+ENGINES["cpu"] = ENGINE = Engine(_make_plan, pack, unpack_into, plan_norm)
 unsupported = partial(autograd.unsupported, "cpu", DTYPES)
 #: :func:`sj_taid.ops.step.reference.multi_step`, fused
 multi_step = partial(fused.multi_step, ENGINE)
