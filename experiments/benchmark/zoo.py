@@ -82,7 +82,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     kinds = dict(net.named_modules())
     norms = [row for row in report.rows if isinstance(kinds[row.layer], _BatchNorm)]
     readers = Counter(
-        row.note.removeprefix(APART)
+        row.note.rpartition(APART)[2]
         .removeprefix("read by ")
         .replace(NO_GRADIENT, "no one")
         .partition(",")[0]

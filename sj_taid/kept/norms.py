@@ -99,6 +99,8 @@ class Source:
     """
 
     is_watched = False
+    #: whether the engine's own norm has made the output
+    is_own = False
 
     def __init__(
         self, x: Tensor, weight: Any, bias: Any, mean: Any, rstd: Any, running: Any, eps: float
@@ -186,8 +188,8 @@ class Normalized(Recipe):
 
     is_saved, holds_others = False, True
 
-    def __init__(self, source: Source, folds: bool, is_own: bool) -> None:
-        self._source, self._folds, self._is_own = source, folds, is_own
+    def __init__(self, source: Source, folds: bool) -> None:
+        self._source, self._folds = source, folds
 
     def of(self, tensor: Tensor) -> Recipe | None:
         source = self._source
@@ -196,12 +198,12 @@ class Normalized(Recipe):
             return None
         # Copies: an optimizer may change parameters before backward.
         numbers = [None if t is None else t.detach().clone() for t in (source.weight, source.bias)]
-        of_batch = (source.mean, source.rstd) if self._is_own else (None, None)
+        of_batch = (source.mean, source.rstd) if source.is_own else (None, None)
         numbers += source.running or of_batch
         flat = x.detach().flatten(0, 1) if self._folds else x.detach()
         view = tensor.shape, tensor.stride(), tensor.storage_offset()
         options = not source.fixed, 0.0, source.eps, torch.backends.cudnn.enabled
-        normalize = _by_rstd if self._is_own else torch.batch_norm
+        normalize = _by_rstd if source.is_own else torch.batch_norm
         make = partial(_normalize_again, normalize, flat, x._version, numbers, options, view)
         return Recipe(make, cost=3)
 
@@ -217,7 +219,7 @@ def _by_rstd(x: Tensor, weight: Any, bias: Any, mean: Tensor, rstd: Tensor, *_: 
     shape = -1, *[1] * (x.dim() - 2)
     gain = rstd if weight is None else rstd * weight
     y = (x - mean.view(shape)).mul_(gain.view(shape))
-    return y if bias is None else y.add_(bias.view(shape))
+    return y.add_(0.0 if bias is None else bias.view(shape))  # -0.0 + 0.0 is 0.0
 
 
 class _OwnNorm(torch.autograd.Function):
@@ -225,8 +227,8 @@ class _OwnNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        own, x, weight, *_, ctx.eps = inputs
-        y, mean, rstd = own(*inputs[1:])
+        own, x, weight, *others, momentum, ctx.eps = inputs
+        y, mean, rstd = own(x, weight, *others, momentum=momentum, eps=ctx.eps)
         ctx.save_for_backward(x, weight, mean, rstd)
         ctx.mark_non_differentiable(mean, rstd)
         ctx.set_materialize_grads(False)
@@ -272,15 +274,14 @@ def normalize(norm: Any, x: Tensor, place: Place, folds: bool) -> Tensor:
     running: Any = (mean, var) if not training or tracks else (None, None)
     x = x if x.stride() == place.at.stride() else x.contiguous()  # as the plain module's flatten
     flat = x.flatten(0, 1) if folds else x
-    own: Any = None if fixed else place.own
-    for tensor in (weight, bias, *running) if own else ():
-        own = own if _fits(tensor, place.channels) else None
-    if own:
-        numbers = float(factor), float(eps)
-        y, mean, rstd = _own_norm(own, flat, weight, bias, *running, *numbers)
+    given = weight, bias, *running
+    is_own = place.own is not None and not fixed and (mean is None) == (var is None)
+    is_own = is_own and all(_fits(tensor, place.channels) for tensor in given)
+    if is_own:
+        y, mean, rstd = _own_norm(place.own, flat, *given, float(factor), float(eps))
     else:
         y, mean, rstd, *_ = graph.batch_norm(
-            *(flat, weight, bias, *running, not fixed, factor, eps, torch.backends.cudnn.enabled)
+            *(flat, *given, not fixed, factor, eps, torch.backends.cudnn.enabled)
         )
     if flat.dim() > 3 and 1 in flat.shape and not flat.is_cuda:
         # Torch reads a gradient in another memory order wrongly: an axis of size 1 hides the order.
@@ -290,7 +291,8 @@ def normalize(norm: Any, x: Tensor, place: Place, folds: bool) -> Tensor:
         rstd = var.float().add(eps).rsqrt()
     y = y.view(x.shape) if folds else y
     source = Source(x, weight, bias, mean, rstd, running if fixed else None, eps)
-    return attach(y, Memory(y), Normalized(source, folds, bool(own)), source, place)
+    source.is_own = is_own
+    return attach(y, Memory(y), Normalized(source, folds), source, place)
 
 
 def place_of(norm: Any, x: Tensor, folds: bool) -> Place | None:

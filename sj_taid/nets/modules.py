@@ -99,7 +99,7 @@ class AcceleratedNorm(Exchanged):
         (x,) = (*args, *kwargs.values())
         if torch.is_grad_enabled() and type(x) in (Tensor, Kept) and graph.is_eager():
             with graph.plain_functions():
-                if x.requires_grad:
+                if x.requires_grad and self.eps > 0:  # type: ignore[attr-defined]
                     folds = getattr(self, "step_mode", "s") == "m"
                     key, plans = (x.shape, x.stride(), x.dtype, x.device, folds), Plans.of(self)
                     place = plans.get(key, key)

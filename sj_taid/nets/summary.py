@@ -23,6 +23,7 @@ from .neurons import find_neurons
 from .report import Row, table_of
 
 NO_GRADIENT, APART = "its input requires no gradient", "computed apart: "
+_ROUNDED = "equal outputs to rounding"
 #: times of a step that differ by less are called equal
 _NOISE = 0.05
 #: Steps that are run in turns; the first make kernels and plans, and are not timed.
@@ -116,12 +117,13 @@ def _norm_row(path: str, norm: nn.Module, all_readers: dict[str, dict[str, bool]
         return Row(path, kind, "ready", note, "ready")
     readers = all_readers.get(path, {})
     fused = ", ".join(f"fused into {reader}" for reader, is_fused in readers.items() if is_fused)
-    others = ", ".join(reader for reader, is_fused in readers.items() if not is_fused)
+    others = ", ".join(r for r, is_fused in readers.items() if not is_fused and r != _ROUNDED)
     apart = f"{APART}{'' if others == NO_GRADIENT else 'read by '}{others}" if others else ""
     if fused:
-        note = f"equal outputs to rounding{apart and f'; also {apart}'}"
+        note = f"{_ROUNDED}{apart and f'; also {apart}'}"
         return Row(path, kind, fused, note, "fused")
-    return Row(path, kind, "", apart or "not run", "left alone")
+    note = "; ".join(filter(None, (_ROUNDED if _ROUNDED in readers else "", apart)))
+    return Row(path, kind, "", note or "not run", "left alone")
 
 
 def _merge(rows: Iterable[Row]) -> list[Row]:
@@ -157,7 +159,10 @@ def measure(plain: nn.Module, fast: nn.Module, inputs: Any) -> tuple[Any, dict[s
 
 
 def find_readers(net: nn.Module, inputs: Any) -> dict[str, dict[str, bool]]:
-    """Run a step: what reads each accelerated norm's output, and whether as one operation."""
+    """Run a step: what reads each accelerated norm's output, and whether as one operation.
+
+    ``_ROUNDED`` is among them where the norm is not torch's own.
+    """
     norms: Any = {p: m for p, m in net.named_modules() if isinstance(m, AcceleratedNorm)}
     seen: list[tuple[str, Any]] = []
 
@@ -168,6 +173,8 @@ def find_readers(net: nn.Module, inputs: Any) -> dict[str, dict[str, bool]]:
     found: dict[str, dict[str, bool]] = {path: {} for path in norms}
     for path, source in seen:
         found[path] |= {NO_GRADIENT: False} if source is None else source.readers
+        if source is not None and source.is_own:
+            found[path][_ROUNDED] = False
     return found
 
 

@@ -1,17 +1,22 @@
 """A norm's own forward in training, on a CPU: torch's to rounding, and nowhere less exact."""
 
 import copy
+import pickle
 
 import pytest
 import torch
 from spikingjelly.activation_based import layer, neuron
 from torch import nn
+from torch.autograd import forward_ad
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
 
 from tests.nets.alike import accelerated
 from tests.nets.invariant import assert_made_again
 
 pytest.importorskip("numba", reason="needs numba: pip install numba")
 
+from sj_taid import accelerate
 from sj_taid.ops.step.cpu.norm import LEAST
 
 LARGE = 8, 6, 30, 31
@@ -19,14 +24,19 @@ LARGE = 8, 6, 30, 31
 INPUTS = {
     "images": lambda: torch.randn(LARGE),
     "far from 0": lambda: torch.randn(LARGE) + 1e4,
+    "farther": lambda: torch.randn(LARGE) - 1e6,
+    "huge": lambda: torch.randn(LARGE) * 1e18,
+    "tiny": lambda: torch.randn(LARGE) * 1e-30,
     "an outlier first": lambda: torch.randn(LARGE).index_fill_(0, torch.tensor(0), 3e3),
     "constant": lambda: torch.full(LARGE, 0.3),
     "a channel": lambda: torch.randn(7, 1, 71, 71),
-    "many channels": lambda: torch.randn(40, 900),
+    "many channels": lambda: torch.randn(5, 900, 3, 3),
     "few samples": lambda: torch.randn(1, 3, 120, 120),
     "sequence": lambda: torch.randn(9, 40, 130),
     "video": lambda: torch.randn(2, 5, 3, 40, 41),
+    "few neighbours": lambda: torch.randn(40, 300, 4),
     "part of a tensor": lambda: torch.randn(9, 6, 30, 31)[1:],
+    "at an odd address": lambda: torch.randn(8 * 6 * 30 * 31 + 1)[1:].view(LARGE),
 }
 KINDS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 
@@ -53,7 +63,7 @@ def step(norm, x, factors):
 
 
 def is_own(y):
-    return y._recipe._is_own
+    return y._source.is_own
 
 
 @pytest.mark.parametrize("name", INPUTS)
@@ -73,6 +83,153 @@ def test_own_norm_is_no_further_from_float64_than_torchs(name):
             # Torch's error, or that of some roundings of the largest value.
             far, error = ((t.double() - right).abs().max() for t in (torchs, own))
             assert error <= 1.5 * far + 1e-6 * right.abs().max() + 1e-12, (affine, momentum)
+
+
+def with_hooks(norm, x):
+    """What hooks of a norm are given, and change."""
+    found = []
+    norm.register_full_backward_hook(lambda m, before, after: found.extend(before + after))
+    norm.register_full_backward_pre_hook(lambda m, grads: (grads[0] * 2,))
+    norm.register_forward_pre_hook(lambda m, inputs: (inputs[0] + 1,))
+    norm.register_forward_hook(lambda m, inputs, y: y * 3)
+    return norm(x), found
+
+
+def with_saved(pack, unpack):
+    def run(norm, x):
+        with saved_tensors_hooks(pack, unpack):
+            return norm(x)
+
+    return run
+
+
+def changed(norm, x, change):
+    y = norm(x)
+    change(y)
+    return y
+
+
+def as_dual(norm, x):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(norm(forward_ad.make_dual(x, x.cos()))).tangent
+
+
+def with_grad(norm, x, grad):
+    y = norm(x)
+    return torch.autograd.grad(y, [x, *norm.parameters()], grad(y))
+
+
+def untracked(norm):
+    norm.running_mean = norm.running_var = norm.num_batches_tracked = None
+    norm.track_running_stats = False
+    return norm
+
+
+#: what is done with a norm and x: gives outputs, gradients, or what hooks were given
+USES = {
+    "twice": lambda n, x: n(n(x)),
+    "in place": lambda n, x: n(x).relu_(),
+    "a view in place": lambda n, x: changed(n, x, lambda y: y.view(-1).mul_(2)),
+    "data in place": lambda n, x: changed(n, x, lambda y: y.data.mul_(2)),
+    "frozen": lambda n, x: n.requires_grad_(False)(x),
+    "frozen bias": lambda n, x: (n.bias.requires_grad_(False), n(x))[1],
+    "no bias": lambda n, x: (setattr(n, "bias", None), n(x))[1],
+    "no weight": lambda n, x: (setattr(n, "weight", None), n(x))[1],
+    "hooks": with_hooks,
+    "hooks of its gradient": lambda n, x: changed(n, x, lambda y: y.register_hook(lambda g: g * 2)),
+    "checkpoint": lambda n, x: checkpoint(n, x, use_reentrant=False),
+    "reentrant checkpoint": lambda n, x: checkpoint(n, x, use_reentrant=True),
+    "saved as copies": with_saved(torch.clone, lambda t: t),
+    "saved as arrays": with_saved(lambda t: t.detach().numpy().copy(), torch.from_numpy),
+    "a deep copy": lambda n, x: (n(x), copy.deepcopy(n)(x))[1],
+    "a pickle": lambda n, x: (n(x), pickle.loads(pickle.dumps(n))(x))[1],
+    "autocast": lambda n, x: torch.autocast("cpu", torch.bfloat16)(n)(x),
+    "no gradients": lambda n, x: torch.no_grad()(n)(x),
+    "inference mode": lambda n, x: torch.inference_mode()(n)(x),
+    "vmap": lambda n, x: torch.func.vmap(untracked(n))(x.expand(2, *LARGE)),
+    "torch.func": lambda n, x: torch.func.grad(lambda x: untracked(n)(x).sin().sum())(x),
+    "forward mode": as_dual,
+    "jvp": lambda n, x: torch.autograd.functional.jvp(n, x.detach(), x.detach().cos()),
+    "strided": lambda n, x: n(x.repeat(1, 1, 1, 2)[..., ::2]),
+    "transposed": lambda n, x: n(x.transpose(2, 3).contiguous().transpose(2, 3)),
+    "expanded": lambda n, x: n(x[:1].expand(LARGE)),
+    "a sum": lambda n, x: with_grad(n, x, lambda y: torch.ones(()).expand(LARGE)),
+    "a gradient in another order": lambda n, x: with_grad(
+        n, x, lambda y: x.detach().cos().contiguous(memory_format=torch.channels_last)
+    ),
+    "batched gradients": lambda n, x: torch.autograd.grad(
+        n(x), [x, *n.parameters()], torch.stack([x, x.cos()]).detach(), is_grads_batched=True
+    ),
+}
+
+
+@pytest.mark.parametrize("name", USES)
+def test_an_own_norm_is_used_as_torchs(name):
+    x, found = torch.randn(LARGE), []
+    for norm in norms(x):
+        leaf = x.clone().requires_grad_()
+        given = USES[name](norm, leaf)
+        y, *others = given if isinstance(given, tuple) else (given,)
+        results = [y, *(o for other in others for o in (other if type(other) is list else [other]))]
+        wanted = [t for t in (leaf, *norm.parameters()) if t.requires_grad]
+        if y.requires_grad:
+            (y * x.cos()).sum().backward()
+            results += [t.grad for t in wanted]
+        found.append([None if t is None else t.detach() + 0 for t in (*results, *norm.buffers())])
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
+
+
+def backward_of(y):
+    y.sum().backward()
+
+
+@torch.no_grad()
+def add_one(tensor):
+    tensor.add_(1)
+
+
+def read_changed(norm, x, tensor_of):
+    y = norm(z := x * 1)
+    add_one(tensor_of(z))
+    backward_of(y)
+
+
+#: what torch refuses
+REFUSED = {
+    "x changed": lambda n, x: read_changed(n, x, lambda z: z),
+    "the weight changed": lambda n, x: read_changed(n, x, lambda z: n.weight),
+    "backward twice": lambda n, x: [backward_of(y) for y in [n(x)] * 2],
+    "no running mean": lambda n, x: (setattr(n, "running_mean", None), n(x)),
+    "no running variance": lambda n, x: (setattr(n, "running_var", None), n(x)),
+    "an eps of 0": lambda n, x: (setattr(n, "eps", 0.0), n(x)),
+    "a negative eps": lambda n, x: (setattr(n, "eps", -1.0), n(x)),
+    "a weight in float64": lambda n, x: (
+        setattr(n, "weight", nn.Parameter(n.weight.double())),
+        n(x),
+    ),
+    "an axis too few": lambda n, x: n(x.flatten(2)),
+    "another number of channels": lambda n, x: n(x.flatten(0, 1).unsqueeze(0)),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_torch_refuses_raises_torchs_error(name):
+    x, errors = torch.randn(LARGE), []
+    for norm in norms(x):
+        with pytest.raises((RuntimeError, ValueError)) as error:
+            REFUSED[name](norm, x.clone().requires_grad_())
+        errors.append((type(error.value), str(error.value).partition(" is at version")[0]))
+    assert errors[0] == errors[1]
+
+
+def test_a_report_says_that_an_own_norm_rounds():
+    x = torch.rand(2, 4, *LARGE[1:])
+    apart = "computed apart: read by sigmoid"
+    for given, note in ((x, f"equal outputs to rounding; {apart}"), (x[..., :9], apart)):
+        net = nn.Sequential(layer.BatchNorm2d(6, step_mode="m"), nn.Sigmoid())
+        net.append(neuron.LIFNode(step_mode="m"))
+        report = accelerate(net, given.clone().requires_grad_())
+        assert report.rows[0].note == note
 
 
 def test_second_derivatives_are_torchs():
@@ -126,10 +283,17 @@ def test_an_own_output_is_made_again_to_the_bit(folds, affine):
     assert_made_again(y)
 
 
+def with_strided_weight(norm):
+    norm.weight = nn.Parameter(norm.weight.detach().repeat_interleave(2)[::2])
+    return norm
+
+
 #: what the own norm leaves to torch's: how the norm and its input change
 LEFT = {
     "channels last": lambda n, x: (n, x.contiguous(memory_format=torch.channels_last)),
     "small": lambda n, x: (n, x[..., :20, :20].contiguous()),
+    "few neighbours": lambda n, x: (n, x.reshape(-1, 6, 3, 1)),
+    "a strided weight": lambda n, x: (with_strided_weight(n), x),
     "half precision": lambda n, x: (n, x.bfloat16()),
     "float64": lambda n, x: (n.double(), x.double()),
     "evaluation": lambda n, x: (n.eval(), x),
