@@ -11,13 +11,14 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from tests.nets import test_published_zoo as zoo
 from tests.nets.alike import accelerated
 from tests.nets.invariant import assert_made_again
 
 pytest.importorskip("numba", reason="needs numba: pip install numba")
 
 from sj_taid import accelerate
-from sj_taid.ops.step.cpu.norm import LEAST
+from sj_taid.ops.step.cpu import norm as loops
 
 LARGE = 8, 6, 30, 31
 #: inputs [M, C, *] that the own norm takes
@@ -222,6 +223,16 @@ def test_what_torch_refuses_raises_torchs_error(name):
     assert errors[0] == errors[1]
 
 
+@pytest.mark.parametrize("name", zoo.published_nets.NETS)
+def test_published_net_trains_alike_on_own_norms(name, monkeypatch):
+    ran, run = [], loops._run
+    monkeypatch.setattr(loops, "LEAST", 0)
+    monkeypatch.setattr(loops, "LEAST_INNER", 1)
+    monkeypatch.setattr(loops, "_run", lambda *a, **options: (ran.append(a), run(*a, **options))[1])
+    zoo.test_published_net_trains_alike(name, "training")
+    assert ran
+
+
 def test_a_report_says_that_an_own_norm_rounds():
     x = torch.rand(2, 4, *LARGE[1:])
     apart = "computed apart: read by sigmoid"
@@ -283,6 +294,15 @@ def test_an_own_output_is_made_again_to_the_bit(folds, affine):
     assert_made_again(y)
 
 
+def test_the_sign_of_zero_is_made_again():
+    _, fast = norms(torch.ones(LARGE))
+    fast.bias = None
+    nn.init.constant_(fast.weight, -1.0)
+    y = fast(torch.ones(LARGE, requires_grad=True))
+    recipe = y._recipe.of(y)
+    assert torch.equal(recipe.make(*recipe.saved).signbit(), y.detach().signbit())
+
+
 def with_strided_weight(norm):
     norm.weight = nn.Parameter(norm.weight.detach().repeat_interleave(2)[::2])
     return norm
@@ -308,7 +328,7 @@ def test_what_is_left_to_torchs_norm_is_its_to_the_bit(name):
         norm, leaf = LEFT[name](norm, x.clone())
         found.append([norm(leaf.requires_grad_()).detach(), *norm.buffers()])
     assert all(map(torch.equal, *found))
-    assert LEFT["small"](None, x)[1].numel() < LEAST <= x.numel()
+    assert LEFT["small"](None, x)[1].numel() < loops.LEAST <= x.numel()
 
 
 @pytest.mark.parametrize("name", ["weight", "running_mean"])
