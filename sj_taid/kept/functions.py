@@ -94,7 +94,7 @@ def _view(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _describe_part(result: Tensor, whole: Kept, keeps_order: bool) -> None:
-    """Let a view of ``whole``, or a copy of all or some of its values, know what it shows."""
+    """Give a view or copy of ``whole``, or of a part of it, the recipe of what it shows."""
     memory, base, recipe = whole._memory, whole._base, whole._recipe
     if not memory.is_known or type(result) is not Tensor or result.is_inference():
         return
@@ -146,7 +146,7 @@ handles(Tensor.__repr__, Tensor.__format__)(run_plain)
 
 @handles(Tensor.__reduce_ex__)
 def _copy(func: Any, args: Any, kwargs: Any) -> Any:
-    """A shallow copy, which shares memory, or a pickle: those of a plain tensor."""
+    """A shallow copy, which shares memory, or a pickle, of the plain tensor."""
     args[0]._memory.is_known = False
     return run_plain(func, args, kwargs)
 
@@ -165,7 +165,7 @@ def _deepcopy(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _watch(tensors: Callable[[Any, Any], Any], func: Any, args: Any, kwargs: Any) -> Any:
-    """Take the gradient of ``tensors(args, kwargs)``."""
+    """Run what reads the gradient of ``tensors(args, kwargs)``, after a note to their norms."""
     for tensor in kept_in([tensors(args, kwargs)], {}):
         if tensor._place is not None:
             tensor._source.watch()
@@ -244,7 +244,7 @@ def _pool(dimensions: int, keeps_values: bool, func: Any, args: Any, kwargs: Any
 
 
 def _recipe_of_pooled(plane: int, tensor: Tensor) -> Recipe | None:
-    """How a pooling's backward makes its input and its indices again, in planes of pixels."""
+    """The recipes of a pooling's input, and of its indices in planes of so many pixels."""
     # It is known to read no value of its input on these devices.
     if tensor.is_floating_point() and tensor.device.type in ("cpu", "cuda"):
         options: Any = {"dtype": tensor.dtype, "device": tensor.device}
@@ -274,7 +274,7 @@ def _contract(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _lowered(tensor: Any) -> Any:
-    """``tensor`` as autocast would cast it, which would save a tensor that nobody knows."""
+    """``tensor``, cast as autocast casts it, with a recipe, which autocast's own has not."""
     device = tensor.device.type
     if tensor.dtype != torch.float32 or tensor.is_meta or not torch.is_autocast_enabled(device):
         return tensor
@@ -283,7 +283,7 @@ def _lowered(tensor: Any) -> Any:
 
 @handles(F.linear)
 def _linear(func: Any, args: Any, kwargs: Any) -> Any:
-    """A linear layer, which would save a copy of spikes that are not contiguous."""
+    """A linear layer of a contiguous copy: its own copy of spikes has no recipe."""
     is_plain = kwargs or type(args[0]) is not Kept or args[0].dim() < 3
     if is_plain or args[0].is_contiguous() or graph.is_autocast_enabled():
         return _contract(func, args, kwargs)

@@ -23,7 +23,7 @@ from .saving import Recipe, recipe_of_counts, run_saving
 
 
 class Memory:
-    """The memory of a dense tensor. All kept tensors in it share this, and so what is known."""
+    """What is known of a piece of memory; all kept tensors that lie in it share one."""
 
     __slots__ = ("address", "is_captured", "is_known", "nbytes")
 
@@ -36,13 +36,13 @@ class Memory:
 
 
 class Kept(Tensor):
-    """A tensor that says how its values are made again; a norm's output also of what."""
+    """A tensor with a recipe, by which it is saved; a norm's output also has a source."""
 
     _memory: Memory
-    #: how the values of the whole memory are made again, at this version of the memory
+    #: how the values of the whole memory are made again, as they were at this version
     _recipe: Recipe | None
     _known_version: int
-    #: of a norm's output, its views and copies: what a neuron takes instead
+    #: what a neuron takes instead of a norm's output, or of its views and copies
     _source: Any
     #: where all its values lie in the norm's input; ``None`` of a part
     _place: Any
@@ -86,7 +86,7 @@ def attach(
     place: Any = None,
     version: int | None = None,
 ) -> Tensor:
-    """Let a plain ``tensor``, or one that has changed, know what it is."""
+    """Make a plain ``tensor`` a kept one, or give one that has changed other entries."""
     tensor._known_version = tensor._version if version is None else version
     tensor.__class__ = Kept
     tensor._memory, tensor._recipe = memory, recipe
@@ -101,7 +101,7 @@ HANDLERS: dict[Any, Callable[[Any, Any, Any], Any]] = {}
 
 
 def handles(*functions: Any) -> Callable[[Any], Any]:
-    """Register a handler of these functions, as a decorator; the last one counts."""
+    """A decorator that enters a handler of these functions, in place of an earlier one."""
 
     def register(handler: Any) -> Any:
         HANDLERS.update(dict.fromkeys(functions, handler))
@@ -130,20 +130,20 @@ def run_plain(func: Any, args: Any, kwargs: Any) -> Any:
 
 @graph.outside_graphs
 def leave(tensor: Kept) -> Tensor:
-    """A kept tensor as a plain one."""
+    """The same values as a plain tensor."""
     with graph.plain_functions():
         return tensor.as_subclass(Tensor)
 
 
 def expose(func: Any, args: Any, kwargs: Any) -> Any:
-    """Access to memory that autograd does not see, so that the values are no longer known."""
+    """Run what gives unseen access to memory, so that the values are no longer known."""
     for tensor in kept_in(args, kwargs, func):
         tensor._memory.is_known = False
     return func(*args, **kwargs)
 
 
 def operate(func: Any, args: Any, kwargs: Any) -> Any:
-    """An operation on values, which may save them."""
+    """Run an operation, which may save the values that it reads."""
     if getattr(func, "__module__", None) == "torch.distributed.distributed_c10d":
         return expose(func, args, kwargs)
     return run(func, args, kwargs)
@@ -175,7 +175,7 @@ def kept_in(args: Iterable[Any], kwargs: dict[str, Any], reader: Any = None) -> 
 
 
 def describe(result: Tensor, kept: Iterable[Any], recipe: Recipe | None) -> None:
-    """Let the result of an operation on ``kept`` tensors know its recipe."""
+    """Give the result of an operation on ``kept`` tensors its recipe."""
     if result.is_inference():
         return
     for tensor in kept:

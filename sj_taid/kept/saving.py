@@ -14,8 +14,9 @@ from torch import Tensor
 from .._internal import graph
 from ..ops import backends, bits
 
-#: A view of less than a sixteenth of the memory is saved as it is: backward would make it all.
-_MOST_PARTS = 16
+#: A view that takes a smaller part of the memory is saved as it is: to make it again, backward
+#: makes the whole.
+_LEAST_PART = 1 / 16
 
 
 @dataclass(eq=False)
@@ -26,10 +27,11 @@ class Recipe:
         make: makes them of what is ``saved``.
         peak: an upper bound of the values if all are whole numbers >= 0, else ``None``.
         cost: passes over the values to make them.
-        reference: one of ``saved`` that is not its own copy, but a tensor of the net, which must
-            have this version still in backward.
-        is_saved: whether every operation saves it; else sums alone do.
-        holds_others: whether ``saved`` are other tensors, not bits; what is detached drops it.
+        reference: a tensor of the net among ``saved``, and its version: if it is written to
+            before backward, these values cannot be made again.
+        is_saved: whether every operation saves by it; else sums alone do.
+        holds_others: whether ``saved`` are tensors of the net, not bits. A detached tensor has no
+            such recipe, which would keep them alive.
     """
 
     make: Callable[..., Tensor]
@@ -41,11 +43,11 @@ class Recipe:
     holds_others: bool = False
 
     def saved_of(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        """What is saved of ``tensor``, which shows these values, all or some."""
+        """What is saved in place of ``tensor``, which shows all or some of these values."""
         return self.saved
 
     def of(self, tensor: Tensor) -> Recipe | None:
-        """The recipe of ``tensor`` itself."""
+        """The recipe of ``tensor``, which shows all or some of these values."""
         view = tensor.shape, tensor.stride(), tensor.storage_offset()
         make = partial(_make_view, self.make, view)
         return Recipe(make, self.saved_of(tensor), self.peak, self.cost, self.reference)
@@ -85,7 +87,7 @@ def recipe_of_counts(tensor: Tensor, peak: int | None) -> PackedRecipe | None:
 
 
 def unchanged(tensor: Tensor, version: int) -> Tensor:
-    """``tensor``, if it has this ``version`` still; torch checks none that hooks have saved."""
+    """``tensor``, or an error if it was written to: torch checks none that hooks have saved."""
     if (now := graph.version_of(tensor)) != version:
         raise RuntimeError(
             "one of the variables needed for gradient computation has been modified by an inplace "
@@ -106,7 +108,7 @@ def run_saving(
     kwargs: Any,
     recipe_of: Callable[[Tensor], Recipe | None] | None = None,
 ) -> Any:
-    """Run an operation while what ``kept`` tensors show is saved as their recipes say.
+    """Run an operation that saves by the recipes of ``kept`` tensors what it saves of their memory.
 
     ``recipe_of`` gives recipes of what the operation saves besides, or ``None``.
     """
@@ -133,7 +135,7 @@ def _pack(known: list[Any], recipe_of: Any, outer: Any, tensor: Tensor) -> Any:
     """What is saved of a tensor: a function, its arguments, and how other hooks unpack these."""
     recipe = None if recipe_of is None else recipe_of(tensor)
     for whole in known if recipe is None else ():
-        is_much = tensor.nbytes * _MOST_PARTS >= whole._memory.nbytes
+        is_much = tensor.nbytes >= whole._memory.nbytes * _LEAST_PART
         if is_much and whole._recipe and whole._recipe.is_saved and whole.covers(tensor):
             recipe = whole._recipe.of(tensor)
             break

@@ -65,7 +65,7 @@ def _layout(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _reference(tensor: Tensor) -> Recipe:
-    """A term that stays in memory."""
+    """The recipe of a term that stays in memory: the tensor itself."""
     values, version = tensor.detach(), graph.version_of(tensor)
     make = partial(unchanged, version=version)
     return Recipe(make, (values,), cost=3, reference=(values, version))

@@ -106,7 +106,7 @@ def _compare_one(site: Site, new: nn.Module, calls: list[Any]) -> str:
 
 @contextmanager
 def _noted(site: Site) -> Iterator[None]:
-    """Let an error of a successor's name the module."""
+    """Add to an error of a successor's which module it replaces."""
     try:
         yield
     except Exception as error:

@@ -25,10 +25,10 @@ from ..ops.step.record import is_state
 class Exchanged(Accelerated):
     """An accelerated module, of a class that :func:`accelerated_class` makes."""
 
-    _taid_mixin: type  #: the class of this file that comes first among its bases
+    _taid_mixin: type  #: AcceleratedNorm, AcceleratedALIF or AcceleratedNeuron
 
     def __init_subclass__(cls) -> None:
-        """Leave out the hook of the net's class, which may keep a list of subclasses."""
+        """Do nothing, in place of a hook of the net's class, which may list subclasses."""
 
     def extra_repr(self) -> str:
         kind: Any = self._taid_kind

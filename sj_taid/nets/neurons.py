@@ -38,9 +38,9 @@ class Site(NamedTuple):
 
 
 def need_neurons(net: nn.Module, change: str, kinds: Collection[type] = ()) -> list[Site]:
-    """The sites of :func:`find_neurons`.
+    """The sites of :func:`find_neurons`, or an error if there are none, or none of a kind.
 
-    An error if there is no neuron to ``change``, as in "swap", or no module of a kind.
+    The error names what was to be done to them: ``change``, as in "swap".
     """
     check_net(net)
     sites = find_neurons(net, kinds)

@@ -5,7 +5,7 @@ A :class:`Backend` has these functions:
 * ``multi_step(x_seq, v, w, v_threshold, *, ...)`` with the signature and the results of
   :func:`sj_taid.ops.step.reference.multi_step`;
 * ``unsupported(x_seq)``: why it cannot take this input, or ``None``;
-* its ``engine``'s, if it is fused.
+* the functions of its ``engine``, if it has fused kernels.
 
 :data:`BACKENDS` holds functions that import these modules, so that a backend costs nothing until it
 is used and may fail to import without breaking the others.
@@ -33,7 +33,7 @@ class Backend(NamedTuple):
 
     multi_step: Callable[..., tuple[Any, ...]]
     unsupported: Callable[[Tensor], str | None]
-    #: its plans, if it is fused: an ``alif.plan.Engine``
+    #: what makes plans of its fused kernels, a :class:`.plan.Engine`; ``None`` if it has none
     engine: Any = None
 
 
@@ -81,7 +81,7 @@ _warned: set[str] = set()
 
 @cache
 def engine_of(device: str) -> Any:
-    """The engine of the best backend that works, or :mod:`.bits`, which has the same functions."""
+    """What packs spikes on a device: the engine of the best backend that works, or :mod:`.bits`."""
     working = (BACKENDS[name]() for name in PREFERENCE.get(device, ()) if works(name))
     return next((backend.engine for backend in working), bits)
 

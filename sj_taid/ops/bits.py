@@ -64,7 +64,7 @@ def size_of(values: Tensor, most: int) -> tuple[int, int]:
 
 
 def size_of_packed(packed: Tensor, values: Tensor) -> tuple[int, int]:
-    """The same of what :func:`unpack_into` is given."""
+    """Steps and neurons of what ``packed`` holds, with ``values`` of its size."""
     if packed.dim() == 1:
         return 1, values.numel()
     return values.numel() // max(packed.shape[1], 1), packed.shape[1]

@@ -102,16 +102,17 @@ class _Backward(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         # Hooks on saved tensors need not keep their layout.
         last = 1 + len(plan.states)  # of the gradients of the next states
-        given, operands = [*tensors[: last + 2]], [*tensors[last + 2 :]]
+        upstream, operands = [*tensors[: last + 2]], [*tensors[last + 2 :]]
         order, step = plan.spec.strides, plan.spec.strides[1:]
         try:
-            given[0], given[last] = arranged(given[0], order), arranged(given[last], order)
-            if given[-1] is not None:
-                given[-1] = given[-1].contiguous()
+            for k in (0, last):
+                upstream[k] = arranged(upstream[k], order)
+            if upstream[-1] is not None:
+                upstream[-1] = upstream[-1].contiguous()
             operands[0] = arranged(operands[0], strides)
             for k in range(1, last):
-                given[k], operands[k] = arranged(given[k], step), arranged(operands[k], step)
-            return plan.backward(needs, v_init, tuple(given), tuple(operands))
+                upstream[k], operands[k] = arranged(upstream[k], step), arranged(operands[k], step)
+            return plan.backward(needs, v_init, tuple(upstream), tuple(operands))
         except RuntimeError:  # a batch has no memory
             if not any(graph.is_batched(t) for t in tensors[: last + 1] if t is not None):
                 raise

@@ -58,7 +58,7 @@ def _plan_of(x: Tensor, key: str, store_v_seq: bool, saves: bool) -> Any:
 
 
 def _spread(tensors: Any, are_given: Any, strides: Any) -> list[Tensor | None]:
-    """The tensors that are given at their places, in memory by ``strides``."""
+    """The tensors in memory by ``strides``, with ``None`` at the places of those not given."""
     left = iter(tensors)
     return [arranged(next(left), strides) if given else None for given in are_given]
 

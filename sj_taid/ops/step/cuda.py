@@ -70,7 +70,7 @@ unsupported = partial(autograd.unsupported, "cuda", tuple(kernels.SCALARS))
 
 
 class _Launch(NamedTuple):
-    """A kernel on a device, its grid, and what no call changes of the struct that it takes."""
+    """A kernel on a device, its grid, and the fields of its argument that every call repeats."""
 
     name: str
     device: int | None

@@ -77,7 +77,7 @@ class Plan:
     #: and outputs
     start_forward: Callable[..., None]
     #: ``prepare(needs, wanted)`` gives what starts backward's: on ``v_init``, the same operands,
-    #: ``given`` and the gradients of x, states, weight and bias, and the totals that are ``wanted``
+    #: ``upstream``, the gradients of x, states, weight and bias, and the totals that are ``wanted``
     prepare: Callable[[Any, tuple[int, ...]], Callable[..., None]]
 
     def __init__(
@@ -132,19 +132,19 @@ class Plan:
         return tuple(outputs)
 
     def _operands(self, tensors: Any) -> Any:
-        """The tensors of a call with the values of parameters that a step needs in their place."""
+        """The tensors of a call; in place of parameters, the values that a step needs of them."""
         first, last = self.first, self.last
         return *tensors[:first], *self.before(*tensors[first:last]), *tensors[last:]
 
     def backward(
-        self, needs: Any, v_init: Any, given: tuple[Any, ...], operands: tuple[Any, ...]
+        self, needs: Any, v_init: Any, upstream: tuple[Any, ...], operands: tuple[Any, ...]
     ) -> tuple[Tensor | None, ...]:
         """The gradients of x, states, parameters, weight and bias; ``None`` if not needed.
 
-        ``needs`` says of which, once of weight and bias. ``given`` are those of spikes, last states
-        and every voltage, in the memory order of the spec, the first in its dtype, the others
-        float32; and the checkpoint. The gradient of x has the shape and strides of x; those of
-        parameters are float32.
+        ``needs`` says of which, once of weight and bias. ``upstream`` are those of spikes, last
+        states and every voltage, in the memory order of the spec, the first in its dtype, the
+        others float32; and the checkpoint. The gradient of x has the shape and strides of x; those
+        of parameters are float32.
         """
         first, last = self.first, self.last
         start, shapes, after = self.backwards.get(needs) or self._prepare(needs)
@@ -160,7 +160,7 @@ class Plan:
         parameters = operands[first:last]
         if first < last:
             operands = self._operands(operands)
-        start(v_init, *operands, *given, grad_x, *grad_v0, weight, bias, *totals)
+        start(v_init, *operands, *upstream, grad_x, *grad_v0, weight, bias, *totals)
         learned: list[Any] = [None] * (last - first)
         if after is not None:
             values = operands[first : first + self.spec.reading.operands]
@@ -197,7 +197,7 @@ class Plans(dict[Any, Any]):
 
     @classmethod
     def of(cls, module: Any) -> Plans:
-        """Those of a module."""
+        """The plans that a module has, made with its first call."""
         attributes = vars(module)
         found = attributes.get("_taid_plans")
         return attributes.setdefault("_taid_plans", cls()) if found is None else found
@@ -215,7 +215,7 @@ class Plans(dict[Any, Any]):
 
 
 class Engine(NamedTuple):
-    """A backend's maker of plans, and what it has in the place of functions of :mod:`..bits`."""
+    """What a fused backend has: it makes plans, and packs and unpacks as :mod:`..bits` does."""
 
     plan: Callable[[Spec], Plan]
     pack: Callable[[Tensor, int], Tensor]

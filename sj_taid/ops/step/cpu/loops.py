@@ -1,9 +1,9 @@
 """Fused ALIF loops for the CPU, compiled by numba.
 
-The neurons are cut into parts, and a part into blocks of neighbours in memory. For one block,
+The neurons are cut into parts, and a part into blocks; :mod:`.threads` draws them. For one block,
 forward walks through time with the block's voltages in the cache; backward recomputes them from the
-input and then walks back. Every loop runs over a row, the values of a block at one step, as a
-function of its own, so that LLVM vectorises it.
+input and then walks back. Every loop runs over a row, as a function of its own, so that LLVM
+vectorises it.
 
 Where a channel's values fit the cache, backward of a norm takes all neurons of some channels as a
 part. Their input and the gradient of the norm's output stay there until the latter is turned into
@@ -83,7 +83,7 @@ ROW, PITCH = 1024, 1024 + LINE
 
 
 # error_model: a division by zero must not branch, or its loop does not vectorise.
-_part = register_jitable(error_model="numpy")
+_inline = register_jitable(error_model="numpy")
 _sum = register_jitable(error_model="numpy", fastmath={"reassoc", "contract"})
 
 
@@ -171,33 +171,33 @@ def _call_row(typing_context: Any, address: Any, arguments: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         kinds = [context.get_value_type(kind) for kind in ROW_SIGNATURE.args]
         function = ir.FunctionType(ir.VoidType(), kinds).as_pointer()
-        given = cgutils.unpack_tuple(builder, values[1], len(kinds))
-        builder.call(builder.inttoptr(values[0], function), given)
+        pointers = cgutils.unpack_tuple(builder, values[1], len(kinds))
+        builder.call(builder.inttoptr(values[0], function), pointers)
         return context.get_dummy_value()
 
     return types.void(types.intp, types.Tuple(ROW_SIGNATURE.args)), generate
 
 
-@_part
+@_inline
 def _fetch(row, ahead, n):
     """Begin to fetch the ``n`` values that lie ``ahead`` of a row."""
     for i in range(ahead, ahead + n, LINE):
         _prefetch(row, i)
 
 
-@_part
+@_inline
 def _at_step(tensor, a, t, here):
     """The row of the block that begins at neuron ``here``, at step ``t``."""
     return _at(tensor, t * a.neurons + here)
 
 
-@_part
+@_inline
 def _copy(values, out, n):
     for i in range(n):
         out[i] = values[i]
 
 
-@_part
+@_inline
 def _start(out, values, value, here, n):
     """The block's ``n`` values, or ``value`` where there are none."""
     if values:
@@ -206,33 +206,33 @@ def _start(out, values, value, here, n):
         _fill(out, value, n)
 
 
-@_part
+@_inline
 def _fill(out, value, n):
     for i in range(n):
         out[i] = value
 
 
-@_part
+@_inline
 def _add(out, values, n):
     for i in range(n):
         out[i] += values[i]
 
 
-@_part
+@_inline
 def _spread(out, values, here, n, inner, channels):
     """The channel's value for each of the ``n`` neurons from ``here`` on."""
     done = 0
     while done < n:
         channel = (here + done) // inner % channels
         if inner == 1:
-            run = min(n - done, channels - channel)
-            for i in range(run):
+            size = min(n - done, channels - channel)
+            for i in range(size):
                 out[done + i] = values[channel + i]
         else:
-            run = min(n - done, inner - (here + done) % inner)
-            for i in range(run):
+            size = min(n - done, inner - (here + done) % inner)
+            for i in range(size):
                 out[done + i] = values[channel]
-        done += run
+        done += size
 
 
 @_sum
@@ -242,74 +242,71 @@ def _gather(sums, values, here, n, inner, channels):
     while done < n:
         channel = (here + done) // inner % channels
         if inner == 1:
-            run = min(n - done, channels - channel)
-            for i in range(run):
+            size = min(n - done, channels - channel)
+            for i in range(size):
                 sums[channel + i] += np.float64(values[done + i])
         else:
-            run = min(n - done, inner - (here + done) % inner)
+            size = min(n - done, inner - (here + done) % inner)
             total = 0.0
-            for i in range(run):
+            for i in range(size):
                 total += np.float64(values[done + i])
             sums[channel] += total
-        done += run
+        done += size
 
 
-@_part
+@_inline
 def _row(scratch, k):
     return _at(scratch, k * PITCH)
 
 
-@_part
+@_inline
 def _step(scratch, a, t, here, now, spike, after, n):
     """One step forward of a block, from the rows of states ``now`` to ``after``."""
     x, constants = _at_step(a.at[X], a, t, here), _at(a.at[CONSTANTS], 0)
     _call_row(a.forward_row, (_row(scratch, 0), x, now, spike, after, constants, n))
 
 
-@_part
+@_inline
 def _states(scratch, a, t):
     """The first of the rows of states number ``t``."""
     return _row(scratch, a.state_row + t * a.states)
 
 
-@_part
+@_inline
 def _start_states(scratch, a, here, n):
     for k in range(a.states):
         out = _row(scratch, a.state_row + k)
         _start(out, a.at[V0 + k], a.v_init[k], here, n)
 
 
-@_part
+@_inline
 def _pack_row(spike, bits, value, n):
     for i in range(n):
         bits[i] += spike[i] * value
 
 
-@_part
+@_inline
 def _store_bytes(values, out, n):
     for i in range(n):
         out[i] = np.uint8(np.int32(values[i]))
 
 
-@_part
+@_inline
 def _unpack_row(bits, spike, k, n):
     for i in range(n):
         spike[i] = np.float32(np.int32(np.int32(bits[i]) >> k) & np.int32(1))
 
 
-@_part
+@_inline
 def _channels(a, part):
     """The first channel of a part, and how many there are."""
     channel = part // a.ranges * a.group
     return channel, min(a.group, a.channels - channel)
 
 
-@_part
+@_inline
 def _extent(a, part):
-    """The first neuron of a part, how many neighbours are a run, and how many runs there are.
-
-    Runs are those of the part's channels in each sample; of all channels there is one.
-    """
+    """The first neuron of a part, how many neurons are a run, and how many runs there are."""
     if a.group < a.channels:
         channel, width = _channels(a, part)
         return channel * a.inner, width * a.inner, a.neurons // (a.channels * a.inner)
@@ -317,7 +314,7 @@ def _extent(a, part):
     return first, min(a.part_size, a.neurons - first), 1
 
 
-@_part
+@_inline
 def _grad_row(scratch, a, t, here, inside):
     """The gradient of what the neuron reads: one row, or with ``whole`` one for each step."""
     if a.whole:
@@ -329,22 +326,22 @@ def _grad_row(scratch, a, t, here, inside):
     return _at_step(a.at[GRAD_X], a, t, here)
 
 
-@_part
+@_inline
 def _spread_row(scratch, a, k, values, value, per_channel, here, n):
-    """The row ``k``: of ``values`` those of each neuron's channel or the first, or ``value``."""
+    """Fill row ``k``: with the value of each neuron's channel, with the only one, or ``value``."""
     if values and per_channel:
         _spread(_row(scratch, k), _at(values, 0), here, n, a.inner, a.channels)
     else:
         _fill(_row(scratch, k), _at(values, 0)[0] if values else value, n)
 
 
-@_part
+@_inline
 def _multiply(out, values, n):
     for i in range(n):
         out[i] *= values[i]
 
 
-@_part
+@_inline
 def _spread_norm(scratch, a, here, n):
     """The rows of a norm: its mean, its gain, which is ``weight rstd``, and its bias."""
     zero, one, first = np.float32(0), np.float32(1), a.mean_row
@@ -355,14 +352,14 @@ def _spread_norm(scratch, a, here, n):
     _spread_row(scratch, a, first + _BIAS, a.at[BIAS], zero, True, here, n)
 
 
-@_part
+@_inline
 def _spread_terms(scratch, a, here, n):
     zero, first = np.float32(0), a.mean_row
     _spread_row(scratch, a, first + _A, _terms(a), zero, True, here, n)
     _spread_row(scratch, a, first + _B, _terms(a) + 4 * a.channels, zero, True, here, n)
 
 
-@_part
+@_inline
 def _spread_operands(scratch, a, here, n):
     """The rows of operands and a norm."""
     for k in range(a.operands):
@@ -372,13 +369,13 @@ def _spread_operands(scratch, a, here, n):
         _spread_norm(scratch, a, here, n)
 
 
-@_part
+@_inline
 def _sums(a, part, kind):
     """Sums over neurons of this ``kind``, one per channel, made in a part."""
     return _double_at(a.scratch, (part % a.ranges * (a.totals + 2) + kind) * a.channels)
 
 
-@_part
+@_inline
 def _clear_sums(a, part):
     channel, width = _channels(a, part)
     for kind in range(a.totals + 2):
@@ -387,7 +384,7 @@ def _clear_sums(a, part):
             sums[c] = 0.0
 
 
-@_part
+@_inline
 def _total(a, kind, channel):
     """The sum of this ``kind`` over all parts of a channel."""
     total = 0.0
@@ -396,7 +393,7 @@ def _total(a, kind, channel):
     return total
 
 
-@_part
+@_inline
 def _add_to_sums(scratch, a, part, kind, here, n):
     """Add the row of this ``kind`` to its sums."""
     _gather(_sums(a, part, kind), _row(scratch, a.sums_row + kind), here, n, a.inner, a.channels)
@@ -425,12 +422,12 @@ def _kernel(name, compute_part, finish):
     return kernel
 
 
-@_part
+@_inline
 def _nothing(a):
     pass
 
 
-@_part
+@_inline
 def _forward_part(a, scratch, part):
     """Spikes and states."""
     start, run, _ = _extent(a, part)
@@ -456,7 +453,7 @@ def _forward_part(a, scratch, part):
             _copy(last, _at(a.at[V + k], here), n)
 
 
-@_part
+@_inline
 def _store_bits(scratch, a, spike, t, here, n):
     """Write counts of step ``t``, or add its spikes to a row of bits, and write what is full."""
     if a.levels > np.float32(1):  # a block begins at an even neuron of memory
@@ -471,7 +468,7 @@ def _store_bits(scratch, a, spike, t, here, n):
         _store_bytes(bits, _byte_at(a.at[BITS], t // 8 * a.neurons + here), n)
 
 
-@_part
+@_inline
 def _bits_part(a, scratch, part):
     """Bits of spikes, or half bytes of counts, of one step: a part begins at an even neuron."""
     start, run, _ = _extent(a, part)
@@ -489,7 +486,7 @@ def _bits_part(a, scratch, part):
                 _unpack_row(bits, values, np.int32(t % 8), n)
 
 
-@_part
+@_inline
 def _pack_count_row(counts, least, halves, n):
     for i in range(n // 2):
         low, high = np.int32(counts[2 * i] - least), np.int32(counts[2 * i + 1] - least)
@@ -498,7 +495,7 @@ def _pack_count_row(counts, least, halves, n):
         halves[n // 2] = np.uint8(np.int32(counts[n - 1] - least) & np.int32(15))
 
 
-@_part
+@_inline
 def _unpack_count_row(halves, counts, n):
     for i in range(n // 2):
         both = np.int32(halves[i])
@@ -512,7 +509,7 @@ forward = _kernel("forward", _forward_part, _nothing)
 move_bits = _kernel("move_bits", _bits_part, _nothing)
 
 
-@_part
+@_inline
 def _backward_part(a, scratch, part):
     """Gradients of input, initial voltage and parameters."""
     _clear_sums(a, part)
@@ -522,9 +519,9 @@ def _backward_part(a, scratch, part):
         _backward_blocks(a, scratch, part, True)
 
 
-@_part
+@_inline
 def _backward_blocks(a, scratch, part, again):
-    """The gradients of a part's blocks; ``again``, by the part's sums, that of the input."""
+    """The gradients of a part's blocks; ``again``: the input's, once the part's sums are known."""
     start, run, runs = _extent(a, part)
     for k in range(runs):
         for done in range(0, run, a.block):
@@ -542,9 +539,9 @@ def _backward_blocks(a, scratch, part, again):
                 _backward_block(a, scratch, part, here, k * run + done, n)
 
 
-@_part
+@_inline
 def _backward_block(a, scratch, part, here, inside, n):
-    """A block's gradients; of x, with ``whole``, that of the norm's output."""
+    """A block's gradients; with ``whole`` that of the norm's output, in place of its input's."""
     grad_now, grad_spike = _row(scratch, a.grad_row), _row(scratch, a.spike_row)
     if a.ab and not a.whole:
         _spread_terms(scratch, a, here, n)
@@ -577,7 +574,7 @@ def _backward_block(a, scratch, part, here, inside, n):
             _add_to_sums(scratch, a, part, k, here, n)
 
 
-@_part
+@_inline
 def _recompute(scratch, a, here, n):
     """Compute the states before each step."""
     spike = _row(scratch, a.spare_row)
@@ -589,13 +586,13 @@ def _recompute(scratch, a, here, n):
             _step(scratch, a, t, here, now, spike, after, n)
 
 
-@_part
+@_inline
 def _terms(a):
     """The address of A and B, after the sums."""
     return a.scratch + 8 * (a.totals + 2) * a.ranges * a.channels
 
 
-@_part
+@_inline
 def _norm_gradients(a, channel, width):
     """A and B, which the input's gradient needs, and those of weight and bias, from the sums."""
     rstd, weight = _at(a.at[RSTD], 0), _at(a.at[WEIGHT], 0)
@@ -610,9 +607,9 @@ def _norm_gradients(a, channel, width):
             grad_weight[c], grad_bias[c] = to_weight, to_bias
 
 
-@_part
+@_inline
 def _finish_backward(a):
-    """What the gradients of parameters are computed from, from the sums."""
+    """Write the totals, of which gradients of parameters are made, from the sums of parts."""
     if a.norm_sums and not a.whole:
         _norm_gradients(a, 0, a.channels)
     for k in range(a.totals):
@@ -620,7 +617,7 @@ def _finish_backward(a):
             _store_total(a, k)
 
 
-@_part
+@_inline
 def _store_total(a, k):
     """A sum over neurons, of each channel or of all."""
     out, total = _at(a.at[TOTALS + k], 0), 0.0
@@ -633,9 +630,9 @@ def _store_total(a, k):
         out[0] = total
 
 
-@_part
+@_inline
 def _store_grad_x(scratch, a, t, here, inside, n, ahead):
-    """Write the input's gradient, from that of what the neuron reads, where that is another."""
+    """Write the gradient of a norm's input; without a norm the backward row wrote it."""
     out = _at_step(a.at[GRAD_X], a, t, here)
     if a.norm:
         x, grad = _at_step(a.at[X], a, t, here), _grad_row(scratch, a, t, here, inside)
@@ -643,7 +640,7 @@ def _store_grad_x(scratch, a, t, here, inside, n, ahead):
     _fetch(out, ahead, n)
 
 
-@_part
+@_inline
 def _input_gradient_row(scratch, first, x, grad, out, ab, n):
     mean, gain = _row(scratch, first + _MEAN), _row(scratch, first + _GAIN)
     a, b = _row(scratch, first + _A), _row(scratch, first + _B)

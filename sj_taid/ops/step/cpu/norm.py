@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import loops, threads
-from .loops import _at, _double_at, _part, _sum, _sums, _total
+from .loops import _at, _double_at, _inline, _sum, _sums, _total
 
 #: values, and neighbours of one channel, from which this takes less time than torch's
 LEAST, LEAST_INNER = 1 << 15, 4
@@ -29,7 +29,7 @@ _GIVEN = loops.X, loops.WEIGHT, loops.BIAS, RUNNING_MEAN, RUNNING_VAR, NUMBERS
 _PLACES = *_GIVEN, loops.SPIKE, loops.MEAN, loops.RSTD
 
 
-@_part
+@_inline
 def _origin(a, c):
     """What is taken from a channel's values: its first one, or 0, since that may be infinite."""
     first = _at(a.at[loops.X], c * a.inner)[0]
@@ -54,7 +54,7 @@ def _add_moments(a, scratch, part):
             squares[c] += square
 
 
-@_part
+@_inline
 def _store(a, scratch, part):
     """The output of samples, in a neuron's operations."""
     mean, rstd = _at(a.at[loops.MEAN], 0), _at(a.at[loops.RSTD], 0)
@@ -69,7 +69,7 @@ def _store(a, scratch, part):
                 y[i] = (x[i] - m) * gain + b
 
 
-@_part
+@_inline
 def _finish(a):
     """Mean and ``(var + eps)^(-1/2)`` of the sums, and the running statistics, moved."""
     mean, rstd = _at(a.at[loops.MEAN], 0), _at(a.at[loops.RSTD], 0)

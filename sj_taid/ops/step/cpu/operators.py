@@ -82,11 +82,11 @@ class CpuPlan(Plan):
             passes = ({"norm_sums": True, "ab": True},)
         elif needs_sums:
             passes = {"norm_sums": True, "sums_only": True}, {"ab": True}
-        given = loops.GRAD_SPIKE, *(loops.GRAD_V + k for k in self.states)
+        upstream = loops.GRAD_SPIKE, *(loops.GRAD_V + k for k in self.states)
         grads = loops.GRAD_X, *(loops.GRAD_V0 + k for k in self.states)
         of_norm = loops.GRAD_WEIGHT, loops.GRAD_BIAS
         sums = [loops.TOTALS + k for k in range(self.layout.totals)]
-        places = *self.places, *given, loops.GRAD_V_SEQ, _NOWHERE, *grads, *of_norm, *sums
+        places = *self.places, *upstream, loops.GRAD_V_SEQ, _NOWHERE, *grads, *of_norm, *sums
         row = self._row(wanted)
         return self._call(loops.backward, places, *passes, whole=whole, backward_row=row)
 
@@ -103,15 +103,15 @@ def _with_huge_pages(allocate: Any, *arguments: Any) -> Tensor:
 
 
 class _HalfPlan(CpuPlan):
-    """The same of half precision, which is converted before and after."""
+    """The plan of a spec of half precision, cast to float32 and back."""
 
     def forward(self, v_init: Any, *operands: Any) -> tuple[Any, ...]:
         x, *others = operands
         spike, *rest = super().forward(v_init, x.float(), *others)
         return spike.to(self.spec.dtype), *rest
 
-    def backward(self, needs: Any, v_init: Any, given: Any, operands: Any) -> tuple[Any, ...]:
-        (grad_spike, *others), (x, *rest) = given, operands
+    def backward(self, needs: Any, v_init: Any, upstream: Any, operands: Any) -> tuple[Any, ...]:
+        (grad_spike, *others), (x, *rest) = upstream, operands
         grad_spike = grad_spike if grad_spike is None else grad_spike.float()
         operands = x.float(), *rest
         grad_x, *grads = super().backward(needs, v_init, (grad_spike, *others), operands)

@@ -4,6 +4,15 @@ Threads are torch's own OpenMP team where that is GNU's, as on Linux: its member
 after each of torch's operators, and other threads would wait for their cores. Elsewhere, and in a
 forked child, which has no team, they are this module's own, over kernels that release the GIL.
 numba's thread pools abort when two Python threads enter them, or break in a forked child.
+
+The pieces of the work, here of 2 samples of channels a, b and c of ``inner`` = 3 neurons::
+
+    step    aaabbbccc aaabbbccc   all neurons at one time, in the order of memory
+    part    000000001 111111122   what a thread takes, for all steps: one of ``ranges`` of neurons
+    part    000000111 000000111   or, with ``whole``, all neurons of a ``group`` of channels
+    run     ------    ------      neighbours in memory of part 0: with ``whole`` one in each sample
+    block   ---       ---         what of a run goes through all steps while it is in the cache
+    row     the values of a block at one step
 """
 
 from __future__ import annotations
@@ -31,11 +40,11 @@ BLOCK = 64
 GRAIN = 1 << 15
 #: bytes of a huge page; a tensor of twice as many is worth some, and has one wherever it begins
 HUGE = 1 << 21
-#: parts of the work, at most: a parameter's gradient is summed in each, then over them
+#: parts, at most: a parameter's gradient is summed in each, then over them
 PARTS = 64
-#: neighbouring floats that a part has at least of each sample, where it is all of some channels
+#: floats of a run of ``whole`` at least
 RUN = 320
-#: values of such a part, at most
+#: values of a part of ``whole`` at most
 WHOLE = 1 << 17
 
 
@@ -59,11 +68,10 @@ if hasattr(os, "register_at_fork"):
 def partition(
     layout: Layout, steps: int, neurons: int, inner: int, channels: int, whole: bool = False
 ) -> dict[str, int]:
-    """How the work is distributed, a function of the shape alone: of :class:`.loops.Arguments`.
+    """How the work is cut, by the shape alone: members of :class:`.loops.Arguments`.
 
-    Each group of ``group`` channels is cut into ``ranges`` parts of a step's neurons, for all
-    steps; none where there is no work. With ``whole`` a part is a whole group, and a thread has
-    ``room`` for its gradient.
+    There are no ranges where there is no work. With ``whole`` a thread has ``room`` for the
+    gradient of a part.
     """
     inner = inner if channels > 1 else max(neurons, 1)
     rows = layout.first_state + 2 + (layout.states + 1) * steps
@@ -77,7 +85,7 @@ def partition(
         # An odd number of cache lines: else all rows would compete for the same sets of the cache.
         room = part_size // 32 * 32 + 48
         run = inner * group if group < channels else neurons
-        block = -(-run // -(-run // block))  # even pieces of a run
+        block = -(-run // -(-run // block))  # even ones
     return {
         "parts": max(ranges * -(-channels // group), 1),
         "ranges": ranges,
