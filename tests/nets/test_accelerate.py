@@ -43,7 +43,7 @@ def images(steps=4, channels=2, size=6):
     return torch.rand(steps, 2, channels, size, size) * 3
 
 
-def train(net, x_seq, steps=3, optimizer=None):
+def train(net, x_seq, steps=2, optimizer=None):
     """Outputs, gradients and buffers of some steps of SGD."""
     optimizer = optimizer or torch.optim.SGD(net.parameters(), 1e-3, momentum=0.9)
     results = []
@@ -329,6 +329,7 @@ def test_accelerated_neurons_are_named_as_before():
     net = nn.ModuleDict({"a": neuron.LIFNode(step_mode="m"), "b": neuron.LIFNode(step_mode="m")})
     shown, x_seq = repr(net), torch.rand(4, 2, 3, requires_grad=True) + 0.0
     accelerate(net)
+    assert repr(net).count("accelerated") == 2
     assert repr(net).replace(", accelerated", "") == shown
     output = net["b"](x_seq)
     x_seq += 1.0
@@ -525,13 +526,3 @@ def test_a_norm_whose_tensors_do_not_fit_raises_torchs_error(name, value):
     setattr(net[1], name, value)
     with pytest.raises(RuntimeError):
         net(torch.rand(4, 3, 2, 2))
-
-
-def test_printed_net_says_what_is_accelerated():
-    nodes = ALIFNode(step_mode="m"), neuron.LIFNode(step_mode="m")
-    net = nn.Sequential(layer.BatchNorm1d(3, step_mode="m"), *nodes)
-    before = repr(net)
-    sj_taid.accelerate(net)
-    assert repr(net).count("accelerated") == 3
-    sj_taid.unaccelerate(net)
-    assert repr(net) == before

@@ -1,5 +1,6 @@
 """The command line: arguments reach Hydra, and a user's errors are a few lines."""
 
+import copy
 import json
 import logging
 import re
@@ -18,11 +19,12 @@ from torch._utils import ExceptionWrapper
 from sj_taid.__main__ import COMMANDS
 from sj_taid.training import cli, config, run
 from sj_taid.training.checkpoint import read_checkpoint
-from tests.training.conftest import TINY_CLASSIFICATION, UNMEASURED
+from sj_taid.training.train import train
+from tests.training.conftest import TINY, TINY_CLASSIFICATION, UNMEASURED
 
 
 @pytest.fixture
-def train(sj_taid, tmp_path):
+def run_in_place(sj_taid, tmp_path):
     quiet = ["hydra/job_logging=none", "hydra/hydra_logging=none"]
     folder = f"hydra.run.dir={tmp_path / 'run'}"
     return lambda *more: sj_taid("train", *UNMEASURED, *quiet, folder, *more)
@@ -59,7 +61,6 @@ def test_error_of_a_worker_is_its_message_alone():
     )
 
 
-SWA = "lightning.pytorch.callbacks.StochasticWeightAveraging"
 #: command lines, and what each ends with
 ERRORS = {
     "train optimizer.learning_rate=1": "^there is no .*rate; optimizer has lr, weight_decay",
@@ -69,21 +70,13 @@ ERRORS = {
     "sample lable=3 checkpoint=x": "^there is no lable; the config has .* label,",
     "train trainer=gpu": "^no GPU is found: leave trainer=gpu or accelerator= out; see .sj",
     "train +nueron=lif": "the config has no nueron; there are .* neuron,",
-    "train +model.x=1": "^there is no model.x; model has T, .*, subpixel\n",
-    "train +trainer.flop=3": "^there is no trainer.flop; trainer has .* max_epochs,",
-    "train +task.x=1": "^there is no task.x; task has .*lr_scale,.* prior_lr_scale",
-    "train +callbacks.progress_bar.x=1": "^callbacks.progress_bar: .* keyword argument 'x'",
     "train metric=null seed=null": "^~metric leaves a group out, =null does not",
-    "train seed=null": "^seed: input should be a valid integer, but it is None",
-    "train accelerate=null": "^accelerate: input should be a valid boolean, but it is None",
     "train neuron=alef": r"Could not find 'neuron/alef'(?s:.*)alif",
     "train dataset=mnist hydra.run.dir=run": "no MNIST at dataset.root=data/mnist",
     "train resume=nowhere": r"^resume= needs the folder of a run.*but got .*nowhere\n\(HYDRA",
     "train resume=nowhere hydra.run.dir=run": "own folder; leave hydra.run.dir= and -m out",
     "train -m resume=nowhere seed=0,1": "in its own folder; leave hydra.run.dir= and -m",
     "train neuron=alif_channel": "neuron=alif_channel is for task=classification",
-    "train trust=[1]": r"^trust: input should be a valid string, but it is \[1\]",
-    "train trainer.accelerator=tpuu": "Available names are",
     "train -m seed=0 neuron._target_=os.system": r"'os\.system': no public class",
     "train hydra.run.dir=file": "File exists: '.*file'",
     "evaluate checkpoint=x +foo=1": "the config has no foo; there are cache_dir, checkpoint,",
@@ -94,26 +87,7 @@ ERRORS = {
     "sample checkpoint=nowhere output=run.json": "output must name a picture",
     "sample checkpoint=nowhere seed=-1": "^seed: input should be greater than or equal to 0",
     "compare . nowhere": "^no folder nowhere$",
-    "train objective=fadd": "objective=fadd is none of reconstruction",
-    "train compile=maybe": "^compile: input should be a valid boolean; .* an object, but it is",
-    "train ~metric compile={mode:banana}": "^compile=.* is not .*Unrecognized mode=",
-    "train ~metric compile={banana:1}": "^compile=.* is not .* argument 'banana'",
-    "train optimizer.lr=1e30": r"^optimizer\.lr: input should be less than or equal to 1000",
-    "train trainer.gradient_clip_val=-1": r"^trainer\.gradient_clip_val: .* greater than or equal",
-    "train trainer.limit_test_batches=0": r"^trainer\.limit_test_batches: .* greater than 0",
-    "train trainer.max_epochs=null": r"^trainer\.max_epochs: input should be a valid integer",
     "train dataset=image_folder dataset.root=": r"^dataset\.root: .* at least 1 char.* it is ''",
-    "train dataset.seed=-1": r"^dataset\.seed: input should be greater than or equal to 0",
-    "train dataset.erase=1.5": r"^dataset\.erase: input should be less than or equal to 1",
-    "train metric.autoencoder.seed=-1": r"^metric: autoencoder\.seed: input should be greater",
-    "train model.hidden_channels=0": "^model: hidden_channels must be an integer >= 1, but it is 0",
-    "train model.image_decoder=taid": r"^model\.image_decoder: an object, by its _target_, but",
-    "train model.chroma_weight=1": "^model: chroma_weight=1 is for images of 3 channels",
-    "train neuron_start.calibrate=2": r"^neuron_start\.calibrate: input should be less than 1",
-    "train surrogate=atan surrogate.alpha=-1": r"^surrogate\.alpha: input should be greater than 0",
-    "train +callbacks.progress_bar.refresh_rate=x": r"^callbacks\.progress_bar\.refresh_rate: ",
-    "train +optimizer.betas=[2,3]": "Invalid beta parameter at index 0: 2",
-    "train +trainer.plugins=[]": r"^trainer\.plugins is set by the run; leave it out",
     "train task=classification model.classes=3": r"^model\.classes=3, but dataset\.classes is 10",
     "train task=classification decoder=taid": "makes no images, which decoder= is for; leave it",
     "train model=fsvae_small task=classification": "FSVAE lacks classes; choose another",
@@ -138,7 +112,6 @@ ERRORS = {
     "train resume=list": r"list/config\.yaml must hold keys and values, not a list; put back",
     "compare {}": "^no finished run below {}; an interrupted",
     "compare []": r"^no finished run below \[\]; an interrupted",
-    f"train +callbacks.swa._target_={SWA}": "other weights than the saved ones; take",
 }
 
 
@@ -179,6 +152,54 @@ def test_cli_reports_a_users_error_without_a_traceback(
     assert before <= {*tmp_path.rglob("*")}
     assert {path.name for path in new if path.is_file()} <= {".lock", "multirun.yaml"}
     assert "-m" in arguments or all(path.is_file() for path in new)
+
+
+SWA = "lightning.pytorch.callbacks.StochasticWeightAveraging"
+#: keys of a training's config, wrong values, and what the error says
+VALUES = [
+    ("model.x", 1, "^there is no model.x; model has T, .*, subpixel\n"),
+    ("trainer.flop", 3, "^there is no trainer.flop; trainer has .* max_epochs,"),
+    ("task.x", 1, "^there is no task.x; task has .*lr_scale,.* prior_lr_scale"),
+    ("callbacks.progress_bar.x", 1, "^callbacks.progress_bar: .* keyword argument 'x'"),
+    ("seed", None, "^seed: input should be a valid integer, but it is None"),
+    ("accelerate", None, "^accelerate: input should be a valid boolean, but it is None"),
+    ("trust", [1], r"^trust: input should be a valid string, but it is \[1\]"),
+    ("trainer.accelerator", "tpuu", "Available names are"),
+    ("objective", "fadd", "objective=fadd is none of reconstruction"),
+    ("compile", "maybe", "^compile: input should be a valid boolean; .* an object, but it is"),
+    ("compile", {"mode": "banana"}, "^compile=.* is not .*Unrecognized mode="),
+    ("compile", {"banana": 1}, "^compile=.* is not .* argument 'banana'"),
+    ("optimizer.lr", 1e30, r"^optimizer\.lr: input should be less than or equal to 1000"),
+    ("trainer.gradient_clip_val", -1, r"^trainer\.gradient_clip_val: .* greater than or equal"),
+    ("trainer.limit_test_batches", 0, r"^trainer\.limit_test_batches: .* greater than 0"),
+    ("trainer.max_epochs", None, r"^trainer\.max_epochs: input should be a valid integer"),
+    ("dataset.seed", -1, r"^dataset\.seed: input should be greater than or equal to 0"),
+    ("dataset.erase", 1.5, r"^dataset\.erase: input should be less than or equal to 1"),
+    ("metric.autoencoder.seed", -1, r"^metric: autoencoder\.seed: input should be greater"),
+    ("model.hidden_channels", 0, "^model: hidden_channels must be an integer >= 1, but it is 0"),
+    ("model.image_decoder", "taid", r"^model\.image_decoder: an object, by its _target_, but"),
+    ("model.chroma_weight", 1, "^model: chroma_weight=1 is for images of 3 channels"),
+    ("neuron_start.calibrate", 2, r"^neuron_start\.calibrate: input should be less than 1"),
+    ("surrogate.alpha", -1, r"^surrogate\.alpha: input should be greater than 0"),
+    ("callbacks.progress_bar.refresh_rate", "x", r"^callbacks\.progress_bar\.refresh_rate: "),
+    ("optimizer.betas", [2, 3], "Invalid beta parameter at index 0: 2"),
+    ("trainer.plugins", [], r"^trainer\.plugins is set by the run; leave it out"),
+    ("callbacks.swa._target_", SWA, "other weights than the saved ones; take"),
+]
+
+
+@pytest.fixture(scope="module")
+def cfg():
+    return config.compose("train", [*TINY, "surrogate=atan"])
+
+
+@pytest.mark.parametrize(("key", "value", "message"), VALUES, ids=lambda value: str(value)[:40])
+def test_train_refuses_a_value_before_anything_is_written(cfg, tmp_path, key, value, message):
+    cfg = copy.deepcopy(cfg)
+    OmegaConf.update(cfg, key, value, force_add=True)
+    with pytest.raises(cli.USER_ERRORS) as caught:
+        train(cfg, tmp_path)
+    assert re.search(message, cli.format_error(caught.value)) and not [*tmp_path.iterdir()]
 
 
 STOP = "+callbacks.stop={_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: nope}"
@@ -342,9 +363,9 @@ def test_resume_refuses_what_the_run_does_not_have(trained, sj_taid):
     assert run.Run(folder).config == before
 
 
-def test_resume_takes_choices_as_the_start_does(train, sj_taid, tmp_path):
+def test_resume_takes_choices_as_the_start_does(run_in_place, sj_taid, tmp_path):
     timer = "{_target_: lightning.pytorch.callbacks.Timer, duration: '00:01:00:00'}"
-    train("~logger", "+trainer.max_steps=5", f"+callbacks.timer={timer}")
+    run_in_place("~logger", "+trainer.max_steps=5", f"+callbacks.timer={timer}")
     folder = tmp_path / "run"
     sj_taid("train", f"resume={folder}", "logger=csv", "trainer.max_epochs=2", "pictures=true")
     there = run.Run(folder)
@@ -355,24 +376,24 @@ def test_resume_takes_choices_as_the_start_does(train, sj_taid, tmp_path):
     assert (folder / "csv").is_dir() and (folder / "reconstructions.png").is_file()
 
 
-def test_run_without_a_terminal_speaks(train, caplog):
+def test_run_without_a_terminal_speaks(run_in_place, caplog):
     caplog.set_level("INFO")
-    train("trainer.max_epochs=2")
+    run_in_place("trainer.max_epochs=2")
     said = [line for line in caplog.messages if line.startswith(("Training", "Epoch"))]
     assert re.match(r"Training FSVAE on digits, \d+ samples, by cpu in .*run$", said[0])
     assert [line[:12] for line in said[1:]] == ["Epoch 1 of 2", "Epoch 2 of 2"]
     assert all(" val/reconstruction " in line for line in said[1:])
     caplog.clear()
-    train("trainer.max_epochs=3")
+    run_in_place("trainer.max_epochs=3")
     assert "resumes after epoch 2 of 3" in caplog.text and "Epoch 3 of 3" in caplog.text
 
 
-def test_train_without_epochs_and_progress_bar(train, tmp_path, caplog, monkeypatch):
+def test_train_without_epochs_and_progress_bar(run_in_place, tmp_path, caplog, monkeypatch):
     caplog.set_level("INFO")
     # It is not where Lightning was imported before logging was set up.
     monkeypatch.setattr(logging.getLogger("lightning.pytorch"), "propagate", True)
     options = ["callbacks=quiet", "seed=3", "pictures=true", "+trainer.profiler=simple"]
-    train("trainer.max_epochs=0", *options)
+    run_in_place("trainer.max_epochs=0", *options)
     assert f"Metrics: {tmp_path / 'run' / run.METRICS}" in caplog.messages[-1]
     assert "FIT Profiler Report" in caplog.text
     metrics = json.loads((tmp_path / "run" / run.METRICS).read_text())

@@ -84,9 +84,9 @@ class Host:
 
     def build(self, kernels):
         """Compile the ``kernels``, texts and names, that are not there, two libraries at a time."""
-        missing = sorted(set(kernels) - self._functions.keys())
-        count = -(-len(missing) // _LARGEST_UNIT)
-        units = [missing[i::count] for i in range(count)]
+        missing = sorted(set(kernels) - self._functions.keys())  # those of a text are neighbours
+        size = -(-len(missing) // -(-len(missing) // _LARGEST_UNIT)) if missing else 1
+        units = [missing[i : i + size] for i in range(0, len(missing), size)]
         with ThreadPoolExecutor(2) as pool:
             for library, unit in zip(pool.map(self._compile, units), units, strict=True):
                 for i, kernel in enumerate(unit):
