@@ -259,8 +259,6 @@ def tree(kinds):
 @pytest.mark.parametrize(
     ("kinds", "fixed"),
     [
-        ((LIF,), (0,)),
-        ((PLIF, PLIF), (0, 1)),
         ((IF, ALIFNode, LIF, PLIF), (0, 2, 3)),
         ((ALIFNode, ALIFNode), ()),
     ],

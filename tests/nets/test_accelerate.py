@@ -498,17 +498,16 @@ def test_accelerate_after_memopt(level, fused, monkeypatch):
 
 @pytest.mark.parametrize("kind", [neuron.LIFNode, neuron.ParametricLIFNode, neuron.IFNode])
 @pytest.mark.parametrize("v_reset", [0.0, -0.5, None])
-@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
-def test_a_training_that_diverged_shows(kind, v_reset, value):
+def test_a_training_that_diverged_shows(kind, v_reset):
     plain = nn.Sequential(kind(v_reset=v_reset, step_mode="m", surrogate_function=ATAN))
-    x = torch.full((6, 1, 3), 1.5)
-    x[1, 0, 0], x[2, 0, 1] = value, value
+    x = torch.full((6, 1, 7), 1.5)
+    x[1, 0, :3] = x[2, 0, 3:6] = torch.tensor([torch.inf, -torch.inf, torch.nan])
 
     def run(net):
         leaf = x.clone().requires_grad_()
         spikes = net(leaf)
         spikes.sum().backward()
-        return spikes.detach() + 0, net[0].v.detach(), leaf.grad[..., 2]
+        return spikes.detach() + 0, net[0].v.detach(), leaf.grad[..., 6]
 
     assert_same(plain, run)
 

@@ -299,11 +299,13 @@ KINDS = {
     "numpy's random numbers": ("output 1", "x * np.random.rand()", "x * 0.5"),
     "Python's random numbers": ("output 1", "x * random.random()", "x * 0.5"),
 }
+SHARED = ("parameter", "modes within")  #: also with the parts of the old module in its successor
 
 
 @pytest.mark.filterwarnings("ignore:Casting complex")
-@pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "shared"), [*((kind, False) for kind in KINDS), *((kind, True) for kind in SHARED)]
+)
 def test_a_successor_computes_what_the_module_does_or_is_refused(kind, shared):
     what, text, wrong, *others = KINDS[kind]
     net, x = Net(text), torch.randn(2, 4, 6, 3)

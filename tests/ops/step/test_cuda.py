@@ -236,8 +236,9 @@ def test_function_is_loaded_once_per_device_and_kernel(launcher, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", kernels.SCALARS, ids=str)
-@pytest.mark.parametrize("norm", [None, "batch"])
-@pytest.mark.parametrize(("T", "v_init"), [(4, False), (16, True), (24, True)])
+@pytest.mark.parametrize(
+    ("T", "v_init", "norm"), [(4, False, None), (16, True, "batch"), (24, True, None)]
+)
 def test_forward_saves_the_input_the_parameters_and_checkpoints(launcher, T, v_init, norm, dtype):
     case = NORM.with_(shape=(T, *NORM.shape[1:]), dtype=dtype, v_init=v_init, norm=norm)
     neurons, channels = 3 * 4 * 4 * 4, 4

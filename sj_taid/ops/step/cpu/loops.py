@@ -99,10 +99,10 @@ ROW_SIGNATURE = types.void(*[types.CPointer(types.float32)] * 6, types.intp)
 
 
 @cache
-def compile_function(function: Callable[..., None], signature: Any = KERNEL_SIGNATURE) -> Any:
-    """A C function, which needs no interpreter to run: a kernel or a row."""
+def compile_function(kernel: Callable[..., None]) -> Any:
+    """A kernel as a C function, which needs no interpreter to run."""
     try:
-        return cfunc(signature, cache=True, error_model="numpy")(function)
+        return cfunc(KERNEL_SIGNATURE, cache=True, error_model="numpy")(kernel)
     except RuntimeError as error:
         if "no locator available" not in str(error):
             raise
@@ -112,7 +112,7 @@ def compile_function(function: Callable[..., None], signature: Any = KERNEL_SIGN
             RuntimeWarning,
             stacklevel=2,
         )
-        return cfunc(signature, error_model="numpy")(function)
+        return cfunc(KERNEL_SIGNATURE, error_model="numpy")(kernel)
 
 
 def _pointer_to(kind: Any) -> Any:
