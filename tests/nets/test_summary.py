@@ -167,10 +167,11 @@ def test_a_surrogate_of_ones_own_is_a_part_of_its_neuron(step):
     assert accelerate(net, torch.randn(4, 5, 6) * 9).counting == {"2.1": "OwnLIF"}
 
 
-def test_a_step_is_timed_by_the_processor_where_there_is_no_gpu():
+def test_a_step_is_timed_by_the_processor_where_there_is_no_gpu(monkeypatch):
     net = nn.Sequential(nn.Linear(6, 6), neuron.LIFNode(step_mode="m"))
-    net[0].register_forward_pre_hook(lambda *_: time.sleep(0.2))  # as where others compute
-    assert run_step(net, torch.rand(4, 5, 6))[1] < 200
+    seconds = iter((1.0, 1.25))
+    monkeypatch.setattr(time, "process_time", lambda: next(seconds))
+    assert run_step(net, torch.rand(4, 5, 6))[1] == 250
     report = Acceleration((), "", (2, 1), (2.0, 1.0))
     assert "step 2 -> 1 ms of processor time" in str(report)
     assert "step 2 -> 1 ms\n" in str(replace(report, on_gpu=True))

@@ -158,6 +158,13 @@ def stopped_in(epoch):
     return mock.patch.object(Task, "on_train_batch_end", stop)
 
 
+@pytest.fixture(autouse=True)
+def _environment():
+    """Lightning and the command line set variables of the process, which end with a test."""
+    with mock.patch.dict(os.environ):
+        yield
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """As the processes have that a test starts: sums of more threads have other last digits."""
