@@ -33,6 +33,7 @@ from ..metric import (
 from ..model import Autoencoder
 from .cache import cache_path, cached, fit_once
 from .callbacks import show_progress
+from .compare import are_alike
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +90,8 @@ class Evaluator:
         """Metrics of images that a model samples, and under ``protocol`` how each was measured.
 
         ``fad`` and, where they are asked for, ``fad_published`` and ``fid`` are Frechet distances;
-        ``fad_precision`` and ``fad_recall`` come with the first, ``inception_score`` with ``fid``.
+        ``fad_precision`` and ``fad_recall`` come with the first unless the samples are all alike,
+        ``inception_score`` with ``fid``. ``sample_variance`` is that of 64 samples.
 
         Args:
             model: a module that has ``sample(n)``; moved to the metrics' device.
@@ -101,7 +103,8 @@ class Evaluator:
         """
         passes = self.prepare(data)
         model.to(self.device)
-        values: dict[str, Any] = {}
+        with seeded(self.seed):
+            values: dict[str, Any] = {"sample_variance": model.sample(64).var(0).mean().item()}
         protocol = {}
         for metrics, batches in passes:
             log.info("Measuring %s on %d samples", ", ".join(map(str, metrics)), sum(batches))
@@ -115,6 +118,11 @@ class Evaluator:
                     protocol[name] += " against the published statistics of the test images"
                 elif _real_states(metric):
                     protocol[name] += f" against {data.describe_test_set()}"
+        if are_alike(values):  # one image, near which there is a real one or not
+            log.warning("The samples are all alike")
+            for name in ("fad_precision", "fad_recall"):
+                values.pop(name, None)
+                protocol.pop(name, None)
         return values | {"protocol": protocol}
 
     @property
@@ -130,8 +138,8 @@ class Evaluator:
     def prepare(self, data: ImageData) -> list[tuple[MetricCollection, list[int]]]:
         """Metrics, already updated with the test images, and the batches of samples they take.
 
-        FAD is left out where the test images are too few for it, but not if they are for
-        validation, which was asked for.
+        FAD is left out, with a warning, where samples or test images are too few for it, but not if
+        they are for validation, which was asked for.
         """
         published = self._published(data)
         metrics: dict[str, Any] = {}
@@ -139,9 +147,17 @@ class Evaluator:
             if self.inception_weights:
                 both = {"fid": FrechetDistance, "inception_score": InceptionScore}
                 metrics |= self._compare(data, Inception(self.inception_weights), both)
-            if len(data.test_set) >= self.needed or data.test_name == "validation":
+            count = min(self.samples, len(data.test_set))
+            if count < self.needed and data.test_name != "validation":
+                log.warning(
+                    "FAD needs %d samples and as many test images, but there are %d and %d, so it "
+                    "is left out; raise metric.samples or dataset.test_share, or take "
+                    "metric=small, which needs 17",
+                    *(self.needed, self.samples, len(data.test_set)),
+                )
+            else:
                 kinds: dict[str, type[Any]] = {"fad": FrechetDistance}
-                if (count := min(self.samples, len(data.test_set))) >= ENOUGH_FOR_NEIGHBOURS:
+                if count >= ENOUGH_FOR_NEIGHBOURS:
                     kinds |= {"fad_precision": Precision, "fad_recall": Recall}
                 else:
                     log.warning(

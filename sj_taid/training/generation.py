@@ -18,7 +18,6 @@ from ..model.esvae import ESVAE
 from ..model.flow import CLASSES, FlowPrior, check_enough
 from ..model.spiking_vae import SpikingVAE
 from .callbacks import show_progress
-from .compare import are_alike
 from .evaluator import Evaluator
 from .loss import FeatureLoss
 from .plot import draw_attention, draw_classes, draw_grid, draw_reconstructions
@@ -99,12 +98,6 @@ class Generation(Task):
             self.feature_loss.prepare(data)
         if evaluator is None:
             return
-        if (count := len(data.test_set)) < evaluator.needed:
-            log.warning(
-                "FAD needs %d test images, but there are %d, so it is left out; raise "
-                "dataset.test_share, or take metric=small, which needs 17",
-                *(evaluator.needed, count),
-            )
         evaluator.prepare(data)
         if data.validation_set is not None:
             evaluator.fad_alone().prepare(data.test_on_validation())
@@ -164,11 +157,6 @@ class Generation(Task):
         model = self.model
         metrics = evaluator.evaluate_samples(model, data)
         protocol = metrics["protocol"]
-        with seeded(evaluator.seed):
-            metrics["sample_variance"] = float(model.sample(64).var(0).mean())
-        if are_alike(metrics):  # one image, near which there is a real one or not
-            for name in ("fad_precision", "fad_recall"):
-                metrics.pop(name, None)
         if data.validation_set is not None:
             validated = evaluator.fad_alone().evaluate_samples(model, data.test_on_validation())
             metrics["validation_fad"] = validated["fad"]

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .compare import are_alike, format_metrics
+from .compare import format_metrics
 from .config import argument
 from .run import METRICS, Run
 
@@ -19,8 +19,6 @@ def show_metrics(metrics: dict[str, Any]) -> None:
     """The metrics, a line each."""
     for title, value in format_metrics(metrics).values():
         log.info("%s: %s", title, value)
-    if are_alike(metrics):
-        log.warning("The samples are all alike.")
 
 
 @contextmanager

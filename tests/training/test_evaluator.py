@@ -98,11 +98,29 @@ DAMAGES = {
 }
 
 
-def test_fad_is_left_out_where_test_images_are_few(evaluator):
-    data = digits(limit=7)
-    assert evaluator.needed == 4 and "fad" in evaluator.evaluate_samples(Noise(), data)
-    evaluator.autoencoder["latent_channels"] = 7
-    assert evaluator.evaluate_samples(Noise(), data) == {"protocol": {}}
+@pytest.mark.parametrize(
+    ("samples", "limit", "there"),
+    [(4, 4, True), (4, None, True), (3, None, False), (100, 3, False)],
+)
+def test_fad_of_too_few_images_is_a_warning_and_no_number(evaluator, caplog, samples, limit, there):
+    data, evaluator.samples = digits(limit=limit), samples
+    values = evaluator.evaluate_samples(Noise(), data)
+    assert evaluator.needed == 4 and ("fad" in values) == there
+    assert values.keys() - {"fad"} == {"sample_variance", "protocol"}
+    counts = f"there are {samples} and {len(data.test_set)}, so it is left out"
+    assert (f"FAD needs 4 samples and as many test images, but {counts}" in caplog.text) != there
+
+
+@pytest.mark.parametrize(("spread", "alike"), [(0.0, True), (1e-3, True), (0.1, False)])
+def test_samples_that_are_all_alike_are_told_and_have_no_precision(
+    evaluator, caplog, spread, alike
+):
+    model = Noise()
+    model.scale.data.fill_(spread)
+    values = evaluator.evaluate_samples(model, digits())
+    assert ("The samples are all alike" in caplog.text) == alike
+    for names in (values, values["protocol"]):
+        assert "fad" in names and len({"fad_precision", "fad_recall"} & {*names}) == 2 * (not alike)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +165,7 @@ def test_evaluate_samples_is_reproducible_and_leaves_the_random_state_alone(eval
     first = evaluator.evaluate_samples(model, data)
     assert torch.equal(torch.random.get_rng_state(), state)
     names = {"fad", "fad_precision", "fad_recall"}
-    assert set(first) == names | {"protocol"} and set(first["protocol"]) == names
+    assert set(first) == names | {"sample_variance", "protocol"} and set(first["protocol"]) == names
     assert first["protocol"]["fad"].endswith("100 samples against 359 test images at 8x8")
     assert 0 <= first["fad_recall"] <= first["fad_precision"] <= 1
     assert evaluator.evaluate_samples(model, data) == first
@@ -172,10 +190,10 @@ def test_evaluate_samples_checks_each_metric_before_a_training(evaluator, monkey
         evaluator.prepare(data)
     monkeypatch.setattr("sj_taid.training.evaluator.fit_once", lambda *_, **__: pytest.fail())
     evaluator.inception_weights, evaluator.samples = None, 3
-    with pytest.raises(
+    with pytest.raises(  # a validation by FAD was asked for
         ValueError, match=r"^FAD: at least 4 images are needed, but metric\.samples is 3"
     ):
-        evaluator.prepare(digits())
+        evaluator.prepare(digits(validation=0.1).test_on_validation())
 
 
 def test_evaluate_samples_runs_a_network_once_for_all_its_metrics(evaluator, monkeypatch):
