@@ -27,6 +27,7 @@ from spikingjelly.activation_based import neuron
 from torch import nn
 
 from sj_taid._internal import compat
+from sj_taid.data.image import Torchvision
 from sj_taid.ops.step.read import NotRead
 from sj_taid.ops.step.record import Neuron, Notes
 from sj_taid.pretrained import list_models, read_config
@@ -60,8 +61,8 @@ OURS = {
 STORED = {"fad_published_median": Column("FAD as published, median of draws ↓", 1, 2)}
 METRICS.update(STORED)
 compare.COLUMNS.update(STORED)
-#: What no config has any more; it changed no net.
-GONE = {"metric.features"}
+#: What changes no net: where images lie, and what no config has any more.
+UNTOLD = {"dataset.root", "dataset.test_root", "metric.published_autoencoders", "metric.features"}
 #: Where the images of ``dataset=image_folder`` were, by the beginnings of experiments' names.
 FOLDERS = {"cifar10": "cifar10", "celeba": "faces"}
 #: The metrics in the list of models.
@@ -69,8 +70,11 @@ ON_CARD = ("accuracy", "reconstruction", "fad", "fad_published_median", "fad_rec
 #: The choices of the generators that are compared; they differ in decoder and neuron alone.
 CHOICES = [
     *("decoder", "neuron", "dataset", "dataset.batch_size", "dataset.image_size"),
-    *("dataset.num_workers", "trainer.max_epochs", "trainer.precision"),
+    *("dataset.limit", "dataset.num_workers", "trainer.max_epochs", "trainer.precision"),
 ]
+#: What runs share that are compared with each other.
+BUDGET = ["experiment", "epochs", "dataset.limit", "trainer.precision"]
+PRECISIONS = {"default": "float32", "bf16-mixed": "bfloat16"}
 #: The groups that a table names where all its rows have one choice.
 SHOWN = ("dataset", "model", "decoder", "neuron", "surrogate", "loss", "optimizer")
 
@@ -144,6 +148,9 @@ def energy() -> Figure:
 def store(finished: Mapping[Path, Metrics], results: Path = RESULTS) -> Iterator[str]:
     """Copy the metrics of experiments' runs into results; yields a line for each."""
     for folder, metrics in finished.items():
+        words = shlex.split(metrics["command"])
+        command = shlex.join(word for word in words if key_of(word) not in UNTOLD)
+        metrics = metrics | {"overrides": told(metrics), "command": command}
         choices = overrides(metrics) | {"seed": str(metrics["seed"])}
         experiment = choices.pop("experiment", "")
         if not experiment:
@@ -176,8 +183,13 @@ def load_runs(experiment: str, results: Path = RESULTS) -> list[Metrics]:
     paths = sorted((results / "runs" / experiment).glob("*.json"))
     runs = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     for run in runs:
-        run["overrides"] = [word for word in run["overrides"] if key_of(word) not in GONE]
+        run["overrides"] = told(run)
     return runs
+
+
+def told(run: Metrics) -> list[str]:
+    """What a run chose on the command line, without what changes no net."""
+    return [word for word in run["overrides"] if key_of(word) not in UNTOLD]
 
 
 def experiments() -> list[str]:
@@ -199,9 +211,7 @@ def gains() -> pd.DataFrame:
     held = 1e3 * pd.concat({name: held[f"{name}_mb"] for name in ("before", "after")})
     sew = "SEW-ResNet-18, T = 8, 64 x 64, batch of 8"
     published = "Spikformer as published, of width 16, T = 4, 32 x 32, batch of 2"
-    paper = pd.read_csv(RESULTS / "published.csv").query("row == 'FSVAE' and metric == 'epochs'")
     alone = pd.read_csv(RESULTS / "image_decoders.csv").rename(columns={"error": "reconstruction"})
-    fsvae = "FSVAE of MNIST, T = 16, bfloat16", decoded("fsvae")
     digits = "FSVAE of digits, T = 8", decoded("digits_small_cpu")
     small = "autoencoder of digits, T = 8", alone.assign(neuron="lif")
     read = frame(load_runs("mnist_classifier_cpu"))[0].set_index(["neuron", "seed"])
@@ -211,8 +221,7 @@ def gains() -> pd.DataFrame:
         gain("`accelerate`: MB per sample", sew, steps["mb_per_sample"], *lif),
         gain("`accelerate`: ms of a training step", sew, steps["median_ms"], *lif),
         gain("`accelerate`: kB kept for backward", published, held, "before", "after"),
-        decoder_gain("`TAID`", *fsvae, "taid", f"of {paper['value'].max():g} "),
-        decoder_gain("weights times 0.07", *fsvae, "fixed, 0.07", f"of {paper['value'].max():g} "),
+        *fsvae_gains(),
         decoder_gain("`TAID`", *digits, "taid"),
         decoder_gain("weights times 0.25", *digits, "fixed, 0.25"),
         decoder_gain("`TAID`", "ESVAE of faces, T = 8", decoded("celeba_esvae_cpu"), "taid"),
@@ -224,13 +233,38 @@ def gains() -> pd.DataFrame:
     return table[[*table.columns.drop("seeds"), "seeds"]]
 
 
+def fsvae_gains() -> Iterator[dict[str, str]]:
+    """Rows of :func:`gains`: FSVAE on MNIST, for each budget that has runs."""
+    paper = pd.read_csv(RESULTS / "published.csv").query("row == 'FSVAE' and metric == 'epochs'")
+    published = f"of {paper['value'].max():g} "
+    names = {"taid": "`TAID`", "fixed, 0.0625, decay 1": "plain mean over time"}
+    names |= {"fixed, 0.07": "weights times 0.07"}
+    for (_, _, limit, precision), runs in load_decoders(["fsvae"]).groupby(BUDGET):
+        images = limit or f"{Torchvision.sources['MNIST'][0]:,} images"
+        for name, what in names.items():
+            if name in [*runs["decoder"]]:
+                net = f"FSVAE of MNIST, {images}, T = 16, {precision}"
+                yield decoder_gain(what, net, runs, name, published)
+
+
 def decoded(experiment: str) -> pd.DataFrame:
-    """The shortest runs of an experiment; ``decoder`` names another scale of the fixed one, too."""
-    runs = load_frame([experiment], *CHOICES, "decoder.scale")
-    runs = runs[runs["epochs"] == runs["epochs"].min()]
-    scales = runs.get("decoder.scale", pd.Series("default", runs.index))
-    kept = scales == "default"
-    return runs.assign(decoder=runs["decoder"].where(kept, runs["decoder"] + ", " + scales))
+    """The shortest runs of an experiment."""
+    runs = load_decoders([experiment])
+    return runs[runs["epochs"] == runs["epochs"].min()]
+
+
+def load_decoders(names: Sequence[str]) -> pd.DataFrame:
+    """Runs of experiments; ``decoder`` tells other weights of the fixed one apart."""
+    runs = load_frame(names, *CHOICES, "decoder.scale", "decoder.decay")
+    options = {"decoder.scale": ", {:g}", "decoder.decay": ", decay {:g}"}
+    for key in {*BUDGET, *options} - {*runs}:
+        runs[key] = "default"
+    for key, text in options.items():
+        given = runs[key] != "default"
+        runs.loc[given, "decoder"] += runs.loc[given, key].astype(float).map(text.format)
+    limits = runs["dataset.limit"].replace("default", "0").astype(int)
+    runs["dataset.limit"] = limits.map("{:,} images".format).where(limits > 0, "")
+    return runs.replace({"trainer.precision": PRECISIONS})
 
 
 def decoder_gain(
@@ -299,19 +333,23 @@ def generators() -> pd.DataFrame:
 
 def decoders() -> pd.DataFrame:
     """The generators' changes in % against the fixed decoder, over pairs of one neuron and seed."""
-    runs = load_frame(experiments(), *CHOICES).dropna(subset="reconstruction")
+    runs = load_decoders(experiments()).dropna(subset="reconstruction")
     runs = runs.assign(**{metric: medians(runs, metric) for metric in ("fad", "fad_published")})
     plain, others = (part for _, part in runs.groupby(runs["decoder"] != "fixed"))
-    keys = ["experiment", "epochs", "seed", "neuron"]
+    keys = [*BUDGET, "seed", "neuron"]
     pairs = others.merge(plain, on=keys, suffixes=("", " before"), validate="many_to_one")
     titles = {"reconstruction": "error, %", "fad": "own FAD, %", "fad_published": "FAD, %"}
     for metric, title in titles.items():
         pairs[title] = 100 * (pairs[metric] / pairs[f"{metric} before"] - 1)
     other = pairs["fad protocol"] != pairs["fad protocol before"]
     pairs.loc[other, "own FAD, %"] = float("nan")
-    groups = pairs.groupby(["experiment", "epochs", "decoder"])
-    table = groups[[*titles.values()]].agg(signed).assign(pairs=groups.size())
-    return table.reset_index().astype(str)
+    groups = pairs.groupby([*BUDGET, "decoder"])
+    neurons = groups["neuron"].agg(lambda of: ", ".join(sorted({*of.str.upper()})))
+    table = groups[[*titles.values()]].agg(signed).assign(neuron=neurons, pairs=groups.size())
+    table = table.reset_index().astype(str)
+    for key, usual in (("dataset.limit", ""), ("trainer.precision", "float32")):
+        table["epochs"] += (", " + table[key]).where(table[key] != usual, "")
+    return table[["experiment", "epochs", "neuron", "decoder", *titles.values(), "pairs"]]
 
 
 def signed(change: pd.Series, decimals: int = 1) -> str:

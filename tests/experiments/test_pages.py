@@ -51,7 +51,7 @@ def test_decoders_are_compared_by_runs_of_one_seed_and_neuron(monkeypatch):
     monkeypatch.setattr(pages, "load_runs", lambda name: runs)
     table = pages.decoders().drop(columns="epochs")
     assert table.to_numpy().tolist() == [
-        ["mnist_esvae_cpu", "taid", "-12.5 ± 53.0", "+50.0", "-12.5 ± 53.0", "2"]
+        ["mnist_esvae_cpu", "LIF", "taid", "-12.5 ± 53.0", "+50.0", "-12.5 ± 53.0", "2"]
     ]
 
 
@@ -68,6 +68,66 @@ def test_a_gain_in_error_has_both_fads_of_the_same_runs_beside_it():
     table.loc[0, "fad_published"] = None
     row = pages.decoder_gain("TAID", "a net", table, "taid")
     assert row["FAD as published"] == "-50 % (1 pair)"
+
+
+FSVAE = ["experiment=fsvae", "dataset=mnist", "dataset.root=/my/images", "dataset.limit=20000"]
+FSVAE += ["dataset.batch_size=64", "trainer.max_epochs=3", "metric.published_autoencoders=/mine"]
+#: the decoders' words, choices and error
+DECODERS = {
+    "mean": (["decoder=fixed", "decoder.decay=1", "decoder.scale=0.0625"], "fixed", 0.08),
+    "taid": (["decoder=taid"], "taid", 0.05),
+    "fixed": (["decoder=fixed"], "fixed", 0.1),
+}
+
+
+@pytest.fixture
+def fsvae(tmp_path, monkeypatch):
+    """Made-up runs of FSVAE with each decoder, for three seeds, next to those that are stored."""
+    runs = {}
+    for seed in range(3):
+        for name, (words, decoder, error) in DECODERS.items():
+            choices = {"decoder": decoder, "neuron": "lif", "dataset": "mnist"}
+            fads = {"fad": 100 * error, "fad_published": 1 / error}
+            run = metrics([*FSVAE, *words, f"seed={seed}"], choices, seed, **fads)
+            runs[tmp_path / name / str(seed)] = run | {"epochs": 3, "reconstruction": error + seed}
+    lines = [*pages.store(runs, tmp_path)]
+    load = pages.load_runs
+    stored = load("fsvae") + load("fsvae", tmp_path)
+    assert len(lines) == 9 and len(stored) == 9 + len(load("fsvae"))
+    monkeypatch.setattr(pages, "load_runs", lambda name: stored if name == "fsvae" else load(name))
+    return tmp_path / "runs" / "fsvae"
+
+
+def test_runs_of_fsvae_become_rows_by_their_fields(fsvae):
+    table = pages.TABLES["taid"]().set_index("net")
+    table = table.loc[["FSVAE of MNIST, 20,000 images, T = 16, float32, LIF, 3 of 150 epochs"]]
+    error = "1.1000 ± 1.0000"  # of the fixed decoder
+    mean = "-8 ± 11 %", "-20 %", "+25 %"
+    assert table.to_numpy().tolist() == [
+        ["`TAID`: error", error, "1.0500 ± 1.0000", "-19 ± 27 %", "-50 %", "+100 %", "3"],
+        ["plain mean over time: error", error, "1.0800 ± 1.0000", *mean, "3"],
+    ]
+    changes = pages.decoders().query("experiment == 'fsvae' and neuron == 'LIF'")
+    assert changes["epochs"].tolist() == ["3, 20,000 images"] * 2
+    assert changes["decoder"].tolist() == ["fixed, 0.0625, decay 1", "taid"]
+    recipe = pages.recipes().partition("### `fsvae`")[2].partition("###")[0]
+    rows = re.findall(
+        r"^\| \w+ +\| lif +\| 3 +\| default .* 20000 .* 3 +\| 0123456789ab", recipe, re.M
+    )
+    assert len(rows) == 3
+
+
+def test_rows_of_fsvae_keep_budgets_apart(fsvae):
+    """As many rows as without: what differs by images, epochs or precision is no pair."""
+    table = pages.gains()
+    rows = table[table["net"].str.contains("bfloat16")]
+    assert {*rows["what"]} == {"`TAID`: error", "weights times 0.07: error"}
+
+
+def test_stored_runs_name_no_place_of_images(fsvae):
+    for folder in (fsvae, pages.RESULTS):
+        for path in folder.rglob("*.json"):
+            assert not re.search(r'[" =]/\w+/|_?root=', path.read_text()), path
 
 
 def test_start_map_counts_the_starts_near_the_best(tmp_path, monkeypatch):
