@@ -28,16 +28,22 @@ class Column(NamedTuple):
     unit: float  # values are divided by it
     decimals: int
     spread: bool = True  # whether the standard deviation over runs is shown too
+    small: bool = False  # whether a value below the last decimal is shown by its first digits
 
     def text(self, values: pd.Series) -> str:
         """Mean ± standard deviation, or "" without a value."""
         values = values.dropna() / self.unit
         if values.empty:
             return ""
-        mean = f"{values.mean():.{self.decimals}f}"
+        mean = self.number(values.mean())
         # Whole numbers such as epochs are often equal in all runs.
         differ = len(values) > 1 if self.decimals else values.nunique() > 1
-        return f"{mean} ± {values.std():.{self.decimals}f}" if self.spread and differ else mean
+        return f"{mean} ± {self.number(values.std())}" if self.spread and differ else mean
+
+    def number(self, value: float) -> str:
+        """A value in the column's unit."""
+        text = f"{value:.{self.decimals}f}"
+        return f"{value:.1e}" if self.small and value and not float(text) else text
 
     def text_of_each(self, protocols: pd.Series, values: pd.Series) -> str:
         """The texts of values by their protocols, of which none compares with another."""
@@ -51,7 +57,7 @@ METRICS = {
     "accuracy_best_test_epoch": Column("accuracy, best test epoch, % ↑", 0.01, 2),
     "accuracy_best_validation_epoch": Column("accuracy, best validation epoch, % ↑", 0.01, 2),
     "validation_accuracy": Column("validation accuracy, % ↑", 0.01, 2),
-    "test_loss": Column("loss, last epoch ↓", 1, 4),
+    "test_loss": Column("loss, last epoch ↓", 1, 4, small=True),
     "reconstruction": Column("reconstruction ↓", 1, 4),
     "validation_reconstruction": Column("validation reconstruction ↓", 1, 4),
     "fad": Column("FAD, own autoencoder ↓", 1, 2),
@@ -78,7 +84,7 @@ COLUMNS = METRICS | COSTS
 def format_metrics(metrics: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     """Title and value, as text, of each metric, by its name."""
     return {
-        key: (column.title, f"{metrics[key] / column.unit:.{column.decimals}f}")
+        key: (column.title, column.number(metrics[key] / column.unit))
         for key, column in METRICS.items()
         if key in metrics
     }

@@ -55,6 +55,21 @@ def test_summary_keeps_protocols_apart(runs):
     assert {*mixed[title]} == {"7.50 ± 0.71", "10.00, 12.00"}
 
 
+@pytest.mark.parametrize(
+    ("losses", "text"),
+    [
+        ([3.1e-5], "3.1e-05"),
+        ([2e-5, 4e-5], "3.0e-05 ± 1.4e-05"),
+        ([6e-5], "0.0001"),
+        ([2e-3, 2e-3], "0.0020 ± 0.0000"),
+        ([0.0], "0.0000"),
+    ],
+)
+def test_a_small_loss_is_not_printed_as_zero(losses, text):
+    many = [metrics([], seed=seed, loss=loss) for seed, loss in enumerate(losses)]
+    assert [*compare.summary(many)["loss, last epoch ↓"]] == [text]
+
+
 def test_summary_takes_a_choice_over_a_metric_of_its_name_and_over_a_folder():
     names = ["image_folder_cats", "image_folder_dogs"]
     two = [
