@@ -16,6 +16,7 @@ import sj_taid
 from sj_taid import doctor
 from sj_taid.training import compare
 from sj_taid.training.config import compose
+from tests.training.conftest import CONF
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
@@ -69,12 +70,22 @@ def test_yaml_block_composes(block, tmp_path):
 
 def commands():
     """Every line of a console, and every command in the text."""
-    programs = "python3? |sj-taid |make |pip |pytest |torchrun "
+    programs = r"(?:python3?|sj-taid|make|pip|pytest|torchrun)\s"
     for page in [*GUIDES, *RESULTS]:
-        lines = re.findall(rf"^\$ (.*)$|`((?:{programs})[^`|]*)`", read(page), re.M)
+        lines = re.findall(rf"^\$ (.*)$|`({programs}[^`|]*)`", read(page), re.M)
         for line in dict.fromkeys(map("".join, lines)):
             # The reader fills in <day>.
             yield pytest.param(re.sub(r"<[^>]*>", "x", line), id=f"{page.stem}: {line[:60]}")
+
+
+@pytest.mark.parametrize("page", [*GUIDES, *RESULTS], ids=name_of)
+def test_choices_in_the_text_are_there(page):
+    """Those of a group, alone or in a piece of a command."""
+    for span in re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```", "", read(page), flags=re.M | re.S)):
+        for key, value in (word.partition("=")[::2] for word in span.split()):
+            if (CONF / key).is_dir() and re.fullmatch(r"[a-z][a-z0-9_,]*", value):
+                missing = {*value.split(",")} - {path.stem for path in (CONF / key).glob("*.yaml")}
+                assert not missing - {"mine"}, span
 
 
 class Parsed(Exception):

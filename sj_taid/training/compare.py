@@ -190,7 +190,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     text = tables(runs)
     print(text)
     with atomic_write(out / "results.csv") as temporary:
-        frame(runs)[0].assign(folder=[*map(str, finished)]).to_csv(temporary, index=False)
+        table = frame(runs)[0].dropna(axis="columns", how="all")
+        table.assign(folder=[*map(str, finished)]).to_csv(temporary, index=False)
     with atomic_write(out / "results.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
     print(f"results.csv and results.md are in {out}")

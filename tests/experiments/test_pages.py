@@ -222,12 +222,27 @@ def test_stored_runs_can_be_had_again_by_todays_configs(name):
 def test_stored_runs_are_of_experiments_and_have_names_for_any_command_line():
     recipes = {path.stem for path in (CONF / "experiment").glob("*.yaml")}
     recipes |= {*pd.read_csv(pages.RESULTS / "recipes.csv")["experiment"]}
+    for path in pages.RESULTS.glob("*.csv"):
+        for command in pd.read_csv(path).get("trained_by", pd.Series(dtype=str)):
+            assert re.search(r" experiment=(\w+) ", command)[1] in recipes
     for path in pages.RESULTS.glob("runs/*/*.json"):
         assert path.parent.name in recipes
         assert re.fullmatch(r"[A-Za-z0-9._-]{1,120}", path.stem), path
         stored = json.loads(path.read_text())
         assert {"command", "commit", "machine", "evaluations", "choices"} <= stored.keys()
         assert compare.overrides(stored)["experiment"] == path.parent.name
+
+
+def test_a_script_of_a_result_is_there_or_the_page_says_where():
+    told = (pages.ROOT / "RESULTS.md").read_text().partition("Scripts that are gone")[2]
+    told = told.partition("\n\n")[0]
+    tables = [*pages.RESULTS.rglob("*.csv"), *pages.BENCHMARKS.rglob("*.csv")]
+    stored = pages.RESULTS.rglob("*.json")
+    named = (re.findall(r"python (\S+\.py)", path.read_text()) for path in (*tables, *stored))
+    scripts = {script for scripts in named for script in scripts}
+    assert len(scripts) > 9
+    for script in scripts:
+        assert (pages.ROOT / script).is_file() or f"`{script.removeprefix('experiments/')}`" in told
 
 
 def test_bars_are_all_drawn_and_over_the_plain_net(tmp_path):

@@ -226,7 +226,7 @@ def cells(markdown):
     return [re.split(r" *\| *", line.strip("| ")) for line in markdown.splitlines()]
 
 
-ALIF, LIF = {"neuron": "alif", "decoder": "taid"}, {"neuron": "lif", "decoder": "taid"}
+ALIF, LIF = ({"neuron": kind, "decoder": "taid", "loss": None} for kind in ("alif", "lif"))
 
 
 def metrics(command, choices=ALIF, seed=0, **figures):
