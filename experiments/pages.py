@@ -325,10 +325,25 @@ def generators() -> pd.DataFrame:
     for name, metric in (("samples", "fad_published_median"), ("rates", "fad_published_perfect")):
         values = {c["choices"]["dataset"]: f"{c[metric]:.2f}" for c in cards if metric in c}
         table.loc[f"the package's ESVAE, {name}"] = {"source": "this project", **values}
+    for name, dataset, fads in judged():
+        table.loc[name, [dataset, "source"]] = METRICS["fad_published"].text(fads), "this project"
     shown = (
         table[[*DATASETS, "epochs", "parameters, M", "source"]].rename(columns=DATASETS).fillna("")
     )
     return shown.rename_axis("FAD as published ↓", axis="index").reset_index()
+
+
+def judged() -> Iterator[tuple[str, str, pd.Series]]:
+    """FAD from one half of the test images of the model that is nearest to the other, by data set.
+
+    And of training images; each row's name, its data set and its draws.
+    """
+    for dataset, rows in pd.read_csv(RESULTS / "halves.csv").groupby("dataset"):
+        parts = rows.set_index(["images", "of"])["fad"]
+        means = parts["A"].groupby("of").mean().drop("training images")
+        kinds = {"the package's ESVAE": means.idxmin(), "training images": "training images"}
+        for name, of in kinds.items():
+            yield f"{name}, by half the test images", str(dataset), parts["B", of]
 
 
 def decoders() -> pd.DataFrame:

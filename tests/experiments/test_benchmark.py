@@ -7,6 +7,7 @@ from pathlib import Path
 import any_net
 import common
 import frontier
+import halves
 import published_nets
 import pytest
 import torch
@@ -16,6 +17,11 @@ from spikingjelly.activation_based.neuron import LIFNode
 from spikingjelly.activation_based.surrogate import ATan
 from torch import nn
 
+from sj_taid.data import Torchvision
+from sj_taid.metric import FrechetDistance
+from tests.data.made_up import ready
+from tests.data.test_image import write_idx
+from tests.metric.pixels import Pixels
 from tests.nets.alike import robust
 
 CPU = torch.device("cpu")
@@ -155,3 +161,24 @@ def test_a_command_names_no_folder_of_this_machine(monkeypatch):
     words = ["/home/me/x.py", "/data/run-0", "run-1", "--published", "/data/fad", "--out", "/out"]
     monkeypatch.setattr("sys.argv", words)
     assert common.command() == "python x.py run-0 run-1 --published fad"
+
+
+def test_halves_hold_each_test_image_once(tmp_path, monkeypatch):
+    write_idx(tmp_path)
+    options = {"source": "MNIST", "image_size": 2, "batch_size": 10}
+    data = ready(Torchvision, tmp_path, **options)
+    monkeypatch.setattr(halves, "PublishedCodes", lambda path: Pixels())
+    whole = FrechetDistance(Pixels(), reset_real_features=False)
+    for images, _ in data.test_dataloader():
+        whole.update(images, real=True)
+    monkeypatch.setattr(halves, "PublishedFrechetAutoencoderDistance", lambda *names: whole)
+    metrics = halves.distances(data, tmp_path)
+    sums = [metrics[half].real_features_sum for half in "AB"]
+    assert [int(metrics[half].real_features_num_samples) for half in "AB"] == [50, 50]
+    torch.testing.assert_close(sum(sums), whole.real_features_sum)
+    batches = iter(data.test_dataloader())  # in the place of samples
+    monkeypatch.setattr(halves, "BATCHES", len(batches))
+    rows = {
+        row["images"]: row["fad"] for row in halves.measure(metrics, lambda n: next(batches)[0], 0)
+    }
+    assert rows["all"] == pytest.approx(0, abs=1e-6) and min(rows["A"], rows["B"]) > 1e-5

@@ -70,6 +70,19 @@ def test_a_gain_in_error_has_both_fads_of_the_same_runs_beside_it():
     assert row["FAD as published"] == "-50 % (1 pair)"
 
 
+def test_a_model_is_chosen_by_one_half_and_judged_by_the_other(tmp_path, monkeypatch):
+    fads = {("A", "one"): (4, 6), ("A", "two"): (3, 5), ("A", "training images"): (1, 1)}
+    fads |= {("B", "one"): (2, 2), ("B", "two"): (7, 9), ("B", "training images"): (1, 3)}
+    rows = [
+        {"dataset": "mnist", "images": half, "of": of, "draw": draw, "fad": fad}
+        for (half, of), two in fads.items()
+        for draw, fad in enumerate(two)
+    ]
+    pd.DataFrame(rows).to_csv(tmp_path / "halves.csv")
+    monkeypatch.setattr(pages, "RESULTS", tmp_path)
+    assert [[*draws] for *_, draws in pages.judged()] == [[7, 9], [1, 3]]
+
+
 FSVAE = ["experiment=fsvae", "dataset=mnist", "dataset.root=/my/images", "dataset.limit=20000"]
 FSVAE += ["dataset.batch_size=64", "trainer.max_epochs=3", "metric.published_autoencoders=/mine"]
 #: the decoders' words, choices and error
