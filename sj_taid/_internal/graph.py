@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.graph import saved_tensors_hooks
+from torch.autograd.graph import _engine_run_backward, saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _python_dispatch
 
@@ -48,6 +48,11 @@ def map_batch(rule: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any
         r if axis is None else torch._add_batch_dim(r, axis, level)
         for r, axis in zip(results, axes, strict=True)
     )
+
+
+def gradients(roots: Any, leaves: Any, upstream: Any) -> tuple[Any, ...]:
+    """``torch.autograd.grad`` that leaves a mode of Python's functions on in backward."""
+    return _engine_run_backward(roots, upstream, False, False, tuple(leaves), True, False)
 
 
 def recomputation() -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dis
 import enum
 import math
+import re
 import sys
 from collections.abc import Iterator
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
@@ -25,12 +26,15 @@ _KNOWN = {"torch", "numpy", "spikingjelly", "sj_taid", *sys.stdlib_module_names}
 #: names of what a copy's step finds other than a call's, or which gives attributes unseen
 _FORBIDDEN = frozenset(
     (
-        *("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled", "requires_grad"),
-        *("is_leaf", "grad_fn", "is_inference", "get_default_dtype", "stride", "is_contiguous"),
-        *("data_ptr", "_version", "type", "__class__", "__dict__", "vars", "globals", "locals"),
+        *("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled"),
+        *("get_default_dtype", "type", "__class__", "__dict__", "vars", "globals", "locals"),
         *("eval", "exec", "_memories", "_memories_rv", "_modules", "children", "named_children"),
         *("modules", "named_modules", "get_submodule", "state_dict", "get_reset_value"),
     )
+)
+#: what a scripted function may ask a tensor for
+_OF_SCRIPTS = frozenset(
+    ["size", "numel", "len", "stride", "is_contiguous", "requires_grad", "storage_offset", "sizes"]
 )
 #: what does not change under its name, but by a hand that changes the program
 _FIXED = (
@@ -70,6 +74,10 @@ class _Walk:
 
     def _function(self, owner: type, function: Any) -> None:
         function = getattr(function, "__wrapped__", function)
+        if isinstance(function, torch.jit.ScriptFunction):  # runs where nothing of it is seen
+            asked = {*re.findall(r"::(\w+)", str(function.inlined_graph))} & _OF_SCRIPTS
+            if asked:
+                raise NotRead(f"calls a scripted function that asks for {min(asked)!r}")
         key = owner, function
         if not isinstance(function, FunctionType) or key in self.seen:
             return

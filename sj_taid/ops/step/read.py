@@ -20,8 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
+
+from ..._internal import graph
 
 #: ``step(x, states, parameters)`` gives the output and the next states
 Step = Callable[[Tensor, Sequence[Any], Sequence[Tensor]], tuple[Tensor, Sequence[Any]]]
@@ -156,7 +159,8 @@ def read(step: Step, states: int, parameters: Sequence[Tensor], shape: Sequence[
     """
     per_channel = any(p.numel() != 1 for p in parameters)
     shapes = _odd_shapes(shape, per_channel)
-    first, second = (_read_once(step, states, parameters, s) for s in shapes)
+    channels = shape[1] if per_channel and len(shape) > 1 else 1
+    first, second = (_read_once(step, states, parameters, s, channels) for s in shapes)
     if first != second:
         raise NotRead("depends on the shape of its input")
     return first
@@ -172,7 +176,9 @@ def _odd_shapes(shape: Sequence[int], per_channel: bool) -> list[tuple[int, ...]
     return found
 
 
-def _read_once(step: Step, states: int, parameters: Sequence[Tensor], shape: Any) -> Reading:
+def _read_once(
+    step: Step, states: int, parameters: Sequence[Tensor], shape: Any, channels: int
+) -> Reading:
     if states > MOST_STATES:
         raise NotRead(f"has more than {MOST_STATES} states")
     with (
@@ -187,7 +193,7 @@ def _read_once(step: Step, states: int, parameters: Sequence[Tensor], shape: Any
         inputs += [_example(p.shape, p.dtype) for p in parameters]
         upstream = [_example(shape).detach() for _ in range(1 + states)]
         drawn = _random_states()
-        calls, ends = _trace(step, states, inputs, upstream)
+        calls, ends = _trace(step, states, inputs, upstream, channels)
         if _random_states() != drawn:
             raise NotRead("draws random numbers")
     names = ["x", *(f"s{k}" for k in range(states)), *(f"w{k}" for k in range(len(parameters)))]
@@ -283,12 +289,81 @@ class _Recorder(TorchDispatchMode):
         return result
 
 
-def _trace(step: Step, states: int, inputs: Any, upstream: Any) -> tuple[list[_Call], list[Any]]:
+class _Size(torch.SymInt):
+    """A size of the input: torch's functions take it, nothing else can be done with it."""
+
+    def __init__(self, size: int, note: Callable[[str], NotRead]) -> None:
+        self.node: Any = None
+        self.size, self.note = size, note
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, _Size) and other.size == self.size:  # of one axis: all sizes differ
+            return True
+        return self._compute()
+
+    def _compute(self, *args: Any) -> Any:
+        raise self.note("computes or decides something by a size of its input")
+
+    __hash__ = __bool__ = __int__ = __index__ = __float__ = __repr__ = _compute
+    __lt__ = __le__ = __gt__ = __ge__ = __ne__ = _compute
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _compute
+    __truediv__ = __rtruediv__ = __floordiv__ = __mod__ = __neg__ = _compute
+
+
+#: what gives sizes of a tensor, and what takes them
+_SIZES = frozenset(["shape", "size", "numel", "nelement", "__len__"])
+_TAKES_SIZES = frozenset(
+    (
+        *("view", "reshape", "expand", "broadcast_to", "zeros", "ones", "empty", "full"),
+        *("new_zeros", "new_ones", "new_empty", "new_full", "empty_strided"),
+    )
+)
+#: what a call's tensors may answer otherwise, and the questions that all of them answer alike
+_ASKED = frozenset(["grad_fn", "grad", "storage", "untyped_storage"])
+_ALIKE = frozenset(["is_floating_point", "is_complex", "is_signed", "is_cuda", "is_cpu"])
+
+
+class _Asked(TorchFunctionMode):
+    """Sees what Python asks of tensors: sizes become :class:`_Size`."""
+
+    def __init__(self, recorder: _Recorder, channels: int) -> None:
+        super().__init__()
+        self.recorder, self.known = recorder, (1, channels)  # a reading is for as many channels
+
+    def _note(self, text: str) -> NotRead:
+        self.recorder.error = NotRead(text)
+        return self.recorder.error
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = (func.__self__ if func.__name__ == "__get__" else func).__name__
+        kwargs = kwargs or {}
+        sizes = [a for a in (*args, *kwargs.values()) if isinstance(a, _Size)]
+        given = tree_map_only(_Size, lambda size: size.size, (args, kwargs))
+        if name not in _TAKES_SIZES or (sizes and name in ("full", "new_full")):
+            tree_map_only(_Size, _Size._compute, (args, kwargs))
+        result = func(*given[0], **given[1])
+        if name in _ASKED or (isinstance(result, bool) and name not in _ALIKE):
+            raise self._note(f"asks for {name!r}, which may be another at the next call")
+        if name in ("dim", "ndim", "ndimension"):
+            return result
+        known = self.known if name in _SIZES else ()
+        if isinstance(result, tuple) and name in (*_SIZES, "stride"):
+            return tuple(n if n in known else _Size(n, self._note) for n in result)
+        if isinstance(result, int) and not isinstance(result, bool):
+            return result if result in known else _Size(result, self._note)
+        return result
+
+
+def _trace(
+    step: Step, states: int, inputs: Any, upstream: Any, channels: int
+) -> tuple[list[_Call], list[Any]]:
     """All operations of a step and of its gradient, and their results, or :class:`NotRead`."""
     x, recorder = inputs[0], _Recorder()
+    asked = _Asked(recorder, channels)
     try:
         with recorder, torch.enable_grad():
-            output, after = step(x, inputs[1 : 1 + states], inputs[1 + states :])
+            with asked:
+                output, after = step(x, inputs[1 : 1 + states], inputs[1 + states :])
             ends = [output, *after]
             for end in ends:
                 if not isinstance(end, Tensor) or end.shape != x.shape or end.dtype != x.dtype:
@@ -298,11 +373,14 @@ def _trace(step: Step, states: int, inputs: Any, upstream: Any) -> tuple[list[_C
             if pairs:
                 roots, gs = zip(*pairs, strict=True)
                 learned = [i for i in inputs if i.requires_grad]
-                found = iter(torch.autograd.grad(roots, learned, gs, allow_unused=True))
+                with asked:
+                    found = iter(graph.gradients(roots, learned, gs))
                 grads = [next(found) if i.requires_grad else None for i in inputs]
     except NotRead:
         raise
     except Exception as error:
+        if recorder.error is not None:
+            raise recorder.error from error
         text = str(error).strip().partition("\n")[0]
         raise NotRead(f"could not be traced: {type(error).__name__}: {text}"[:200]) from error
     if recorder.error is not None:
@@ -453,6 +531,8 @@ class _Reader:
             number = call.args[number] if base in _TAKES_VALUE else number
             if isinstance(number, Tensor):
                 raise NotRead(f"has {base} of a tensor")
+            if number is not None and not result.dtype.is_floating_point:
+                number = torch.full((), number, dtype=result.dtype, device="cpu").item()
             return _Value("number", number, result.dtype, tuple(result.shape))
         if torch.Tag.nondeterministic_seeded in call.function.tags:
             raise NotRead(f"has random numbers ({base})")
@@ -718,6 +798,8 @@ class _Reader:
             raise NotRead(f"has a constant that is a {type(number).__name__}")
         if type(number) is int and number in (0, 1):
             return str(number)
+        if number == 0 and math.copysign(1, number) < 0:  # equal to 0.0, and another structure
+            return self._line("neg", "0")
         if len(self.constants) >= MOST_CONSTANTS:
             raise NotRead(f"has more than {MOST_CONSTANTS} constants")
         self.constants.append(float(number))

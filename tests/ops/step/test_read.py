@@ -1,6 +1,7 @@
 """What is compiled of a step computes what the step computes, or the step is not read."""
 
 import copy
+import math
 import random
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -263,6 +264,56 @@ class Config:
     gain = 2.0
 
 
+@torch.jit.script
+def by_script(x):
+    if x.size(0) > 64:
+        return x * 2
+    return x
+
+
+class BySize(torch.autograd.Function):
+    forward = staticmethod(lambda ctx, x: x * 1)
+    backward = staticmethod(lambda ctx, grad: grad * 2 if grad.shape[-1] > 64 else grad)
+
+
+def by_first(x):
+    try:
+        return 2.0 if x.shape[0] > 64 else 1.0
+    except Exception:
+        return 3.0
+
+
+#: what a step makes of sizes, which are others at the next call
+BY_SIZES = [
+    *(lambda x, v: x.shape[-1] > 64, lambda x, v: x.numel() > 1000, lambda x, v: len(x) > 64),
+    *(lambda x, v: x.size(0) == 64, lambda x, v: max(x.shape) > 64, lambda x, v: 64 in x.shape),
+    *(lambda x, v: x.shape == (64, 4, 3, 5), lambda x, v: x.shape[2] == x.shape[3]),
+    *(lambda x, v: list(range(x.shape[0]))[-1] > 64, lambda x, v: math.log(x.shape[0]) > 5),
+    *(lambda x, v: np.prod(x.shape) > 1000, lambda x, v: float(np.array(x.shape).max()) > 64),
+    lambda x, v: torch.where(torch.tensor(x.shape[0]) > 64, 2.0, 1.0),
+    lambda x, v: x.nbytes > 64,
+    lambda x, v: torch.where(torch.full_like(x, x.shape[0]) > 64, 2.0, 1.0),
+    lambda x, v: torch.where(torch.full((), x.shape[0]) > 64, 2.0, 1.0),
+    *(lambda x, v: x * x.shape[0], lambda x, v: 1 / x.shape[1], lambda x, v: [1.0] * x.shape[2]),
+    *(lambda x, v: x.stride(-1) == 1, lambda x, v: x.stride()[0] > 64),
+    lambda x, v: BySize.apply(x),
+    *(lambda x, v: by_first(x), lambda x, v: str(x.shape) == "", lambda x, v: x.is_contiguous()),
+    *(lambda x, v: torch.numel(v) > 64, lambda x, v: x.untyped_storage().size() > 64),
+    *(lambda x, v: x._version, lambda x, v: bool(x.storage_offset()), lambda x, v: x.is_leaf),
+    *(lambda x, v: dict.fromkeys(x.shape, 2.0), lambda x, v: (v + x).flatten().shape[0] > 64),
+]  # fmt: skip
+#: what is the same at every call
+BY_SHAPES = [
+    lambda x, v: 2.0 if x.dim() == x.ndim == len(x.shape) == 4 else 1.0,
+    *(lambda x, v: torch.zeros(x.shape) + torch.full(x.size(), 0.5), lambda x, v: v.view(x.shape)),
+    lambda x, v: x.new_zeros(*x.shape) + torch.ones(x.shape[0], *x.shape[1:]),
+    *(lambda x, v: 2.0 if x.shape == v.shape else 1.0, lambda x, v: torch.ones(1).expand(x.shape)),
+    lambda x, v: torch.zeros_like(x) if v.size() != x.size() else v,
+    lambda x, v: torch.empty_strided(x.shape, x.stride()).zero_() if x.is_complex() else x,
+    lambda x, v: x * 2 if x.is_floating_point() and x.dtype == torch.float32 else x,
+]
+
+
 def by_helper(self, x, v):
     return helper(x)
 
@@ -339,7 +390,7 @@ REFUSED = {
     "'inner.width', a list": (lambda self, x, v: self.inner(x), {"inner": WithList()}),
     "'type', which": (lambda self, x, v: self.inner(x), {"inner": WithType()}),
     "for 'none', which": (lambda self, x, v: self.inner(x), {"inner": WithDefault()}),
-    "other values": (lambda self, x, v: 2.0 if x.shape[0] == 1 else 1.0, {}),
+    "other values": (lambda self, x, v: 2.0 if isinstance(x.shape, torch.Size) else 1.0, {}),
     "parameters or modules": (lambda self, x, v: self.inner(x), {"inner": nn.Conv2d(4, 4, 1)}),
     "hooks": (lambda self, x, v: self.inner(x), {"inner": hooked()}),
     "changes a module": (
@@ -356,8 +407,7 @@ REFUSED = {
     "a dict": (lambda self, x, v: self.table["a"], {"table": {"a": 2.0}}),
     "a list": (lambda self, x, v: self.table[0], {"table": [2.0]}),
     "a function": (lambda self, x, v: self.table(2.0), {"table": lambda a: a}),
-    "shape of its input": (lambda self, x, v: 1 / x.shape[1], {}),
-    "depends on the shape": (lambda self, x, v: len(x), {}),
+    "scripted function that asks for 'size'": (lambda self, x, v: by_script(x), {}),
     "a part of a tensor": (lambda self, x, v: with_item(torch.zeros_like(x), 1), {}),
     "in place what it is given": (lambda self, x, v: v.detach().mul_(2), {}),
     "does not have": (lambda self, x, v: self.nothing, {}),
@@ -394,6 +444,30 @@ def test_a_step_is_refused_with_its_reason(reason):
     found = read_neuron(node, shape, compat.step_of(type(node)), cpu.ENGINE, "cpu")
     assert isinstance(found, str) and reason in found, found
     assert vars(node) == before and type(node.surrogate_function) is surrogate.ATan
+
+
+@pytest.mark.parametrize("look", BY_SIZES)
+def test_a_step_that_asks_for_sizes_is_refused(look):
+    node = type("Looking", (Looks,), {})(lambda self, x, v: look(x, v))
+    found = read_neuron(node, (2, 4, 3, 5), compat.step_of(type(node)), cpu.ENGINE, "cpu")
+    assert isinstance(found, str) and "report" not in found, found
+
+
+@pytest.mark.parametrize("look", BY_SHAPES)
+def test_a_step_that_gives_shapes_to_torch_is_read(look):
+    node = type("Looking", (Looks,), {})(lambda self, x, v: look(x, v))
+    found = read_neuron(node, (2, 4, 3, 5), compat.step_of(type(node)), cpu.ENGINE, "cpu")
+    assert not isinstance(found, str), found
+
+
+def test_a_parameters_sizes_are_known():
+    def look(self, x, v):
+        w = self.p.view(1, x.shape[1], *[1] * (x.dim() - 2))
+        return w if self.p.shape[0] == x.shape[1] == 4 and self.p.numel() > 1 else 2.0
+
+    node = type("Looking", (Looks,), {})(look, p=nn.Parameter(torch.ones(4)))
+    found = read_neuron(node, (2, 4, 3, 5), compat.step_of(type(node)), cpu.ENGINE, "cpu")
+    assert not isinstance(found, str) and found.per_channel, found
 
 
 class OtherShape(Plain):
