@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import partial
+from math import copysign
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -22,13 +23,13 @@ from .ops.step import compiled
 from .ops.step.autograd import apply_fused
 from .ops.step.plan import Plan, Plans, Spec, arranged, find_plan, spec_of
 from .ops.step.read import Reading
-from .ops.step.readings import NAMES, has, plain_value, read_neuron
+from .ops.step.readings import BY_IDENTITY, NAMES, has, plain_value, read_neuron
 from .ops.step.record import HOOKS, Neuron, Notes
 from .ops.step.reference import state_dtype
 
 #: the kinds of tensors that a plan takes
 _TAKES = (Tensor, nn.Parameter, Kept)
-_NUMBERS = (bool, int, float, type(None), str, type)
+_NUMBERS = (bool, int, float, type(None), str, *BY_IDENTITY)
 
 
 class View(NamedTuple):
@@ -36,8 +37,10 @@ class View(NamedTuple):
 
     names: tuple[str, ...]  #: the attributes that are a part of the key
     numbers: Callable[[Any], tuple[Any, ...]]  #: gives their values
-    #: the modules within, which must have no hooks, and what gives their attributes
-    modules: tuple[tuple[str, Any], ...]
+    functions: tuple[str, ...]  #: of its class, none of which may be replaced in it alone
+    #: the modules within, which must have no hooks, what gives their attributes, their functions
+    modules: tuple[tuple[str, Any, tuple[str, ...]], ...]
+    outside: tuple[Any, ...]  #: what has numbers that its code names, and what gives them
     tensor_names: tuple[str, ...]
     #: gives parameters, buffers and such, if there are any
     tensors: Callable[[Any], tuple[Any, ...]] | None
@@ -45,7 +48,9 @@ class View(NamedTuple):
 
     @property
     def key(self) -> tuple[Any, ...]:
-        return self.names, self.tensor_names, self.per_channel
+        within = tuple((name, functions) for name, _, functions in self.modules)
+        read = self.names, self.functions, within, len(self.outside)
+        return *read, self.tensor_names, self.per_channel
 
 
 class _Call(NamedTuple):
@@ -169,15 +174,24 @@ def _look(node: Any, plans: Plans) -> View:
     notes = NAMES.setdefault(getattr(node, "_taid_kind", type(node)), Notes())
     names = tuple(filter(partial(has, node), notes.numbers))
     own = [n for n in names if "." not in n and not isinstance(getattr(node, n), Tensor)]
+    functions = tuple(n for n in notes.functions if "." not in n)
+    kind = "_taid_kind" if isinstance(node, Accelerated) else "__class__"
+    called = (*functions, "multi_step_forward", "multi_step_functional_forward")
+    own += [f"{kind}.{n}" for n in called if has(node, f"{kind}.{n}")]
     modules = []
     for module in notes.modules:
-        inner = [n.partition(".")[2] for n in names if n.startswith(f"{module}.")]
-        modules.append((module, attrgetter("__class__", "__class__", *inner)))
+        start = f"{module}."
+        inner = [n.removeprefix(start) for n in names if n.startswith(start)]
+        within = tuple(n.removeprefix(start) for n in notes.functions if n.startswith(start))
+        inner += [f"__class__.{n}" for n in within if has(node, f"{start}__class__.{n}")]
+        modules.append((module, attrgetter("__class__", "__class__", *inner), within))
     tensors = Neuron(node, node._taid_step, notes.tensors).tensors
     per_channel = any(t.numel() != 1 for t in tensors.values())
     numbers = attrgetter("__class__", "_fused_backend", *own)
     given = getattr(type(node), "_taid_tensors", None) or _getter(tuple(tensors))
-    plans.view = View(names, numbers, tuple(modules), tuple(tensors), given, per_channel)
+    outside = tuple(notes.outside.values())
+    read = names, numbers, functions, tuple(modules), outside
+    plans.view = View(*read, tuple(tensors), given, per_channel)
     return plans.view
 
 
@@ -232,18 +246,28 @@ def _find_call(
 
 
 def _numbers_of(node: Any, view: View) -> tuple[Any, ...]:
-    """The attributes that a call depends on, and whether a module within has hooks."""
-    numbers, hooked = view.numbers(node), False
-    for name, attributes in view.modules:
+    """What a call depends on but tensors, and whether it has hooks or functions of its own."""
+    numbers, hooked = view.numbers(node), not node.__dict__.keys().isdisjoint(view.functions)
+    for name, attributes, functions in view.modules:
         module = node._modules.get(name)
         numbers += attributes(module)
+        if not module.__dict__.keys().isdisjoint(functions):
+            hooked = True
         for hooks in HOOKS:
             if getattr(module, hooks, None):
                 hooked = True
+    for home, get in view.outside:
+        numbers += (get(home),)
     for number in numbers:  # no function of ours for each, which would cost a tenth of a call
-        for part in number if type(number) is tuple else (number,):
-            if type(part) not in _NUMBERS:
-                return *map(plain_value, numbers), hooked
+        kind = type(number)
+        is_known = kind in _NUMBERS and not (number == 0 and copysign(1.0, number) < 0)
+        if kind is tuple:  # (1,) is (True,), too
+            is_known = True
+            for part in number:
+                if type(part) is not str:
+                    is_known = False
+        if not is_known:
+            return *map(plain_value, numbers), hooked
     return *numbers, *map(type, numbers), hooked
 
 
@@ -256,7 +280,7 @@ def _plan_call(
     nothing = _Call(None, None, False, (), None, 0)
     if engine is None:
         return nothing
-    neuron = _why_not_these(x_seq, states) or read_neuron(
+    neuron = _why_not_these(node, x_seq, states, tensors[1 + len(states) :]) or read_neuron(
         node, tuple(x_seq.shape[1:]), node._taid_step, engine, x_seq.device
     )
     if isinstance(neuron, str):
@@ -286,12 +310,22 @@ def _plan_call(
     return _Call(find_plan(engine, spec), spec, converts, strides, least, most)
 
 
-def _why_not_these(x_seq: Tensor, states: dict[str, Any]) -> str | None:
-    """Why a neuron's states, whose shapes are checked, cannot be a plan's."""
+def _why_not_these(node: Any, x_seq: Tensor, states: Any, tensors: list[Any]) -> str | None:
+    """Why a call cannot be a plan's: a sequence that is no longer its steps, or dtypes.
+
+    Torch promotes tensors of several dtypes, and a plan computes in one.
+    """
+    if isinstance(node, Accelerated) and (reason := compat.why_not_stepwise(node._taid_kind)):
+        return reason
     dtypes = x_seq.dtype, state_dtype(x_seq.dtype)
     for name, v in states.items():
         if isinstance(v, Tensor) and v.dtype not in dtypes:
             return f"its state {name!r} is {v.dtype}, its input {x_seq.dtype}"
+    if hasattr(node, "_taid_tensors"):  # ALIF, which computes in float32
+        return None
+    for name, t in zip(Plans.of(node).view.tensor_names, tensors, strict=True):
+        if t.dtype not in dtypes[: 1 + (t.dim() == 0)]:
+            return f"its parameter or buffer {name!r} is {t.dtype}, its input {x_seq.dtype}"
     return None
 
 
@@ -337,9 +371,11 @@ def note_for_graphs(node: Any, readings: dict[int, Reading]) -> None:
     """Note what a neuron's readings, by their numbers of axes, depend on."""
     plans = Plans()
     view = _look(node, plans)
+    if view.outside:
+        return  # numbers that torch.compile may not see
     keys = {axes: compiled.key_of(reading) for axes, reading in readings.items()}
     numbers = tuple((tuple(n.split(".")), attrgetter(n)(node)) for n in view.names)
-    modules = tuple((name, type(node._modules.get(name))) for name, _ in view.modules)
+    modules = tuple((name, type(node._modules.get(name))) for name, *_ in view.modules)
     plain = tuple((p, value) for p, value in numbers if type(value) in (*_NUMBERS, tuple))
     if len(plain) == len(numbers):
         node.__dict__["_taid_in_graphs"] = InGraphs(keys, plain, modules, view.tensor_names)

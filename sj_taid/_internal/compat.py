@@ -78,7 +78,6 @@ def _owner(kind: type, name: str) -> Any:
 _SEQUENCES = (base.MemoryModule, neuron.BaseNode, neuron.BaseNode.__mro__[1])
 
 
-@cache
 def why_not_stepwise(kind: Any) -> str | None:
     """Why the sequences of a class may not be its steps, one after the other, or ``None``."""
     if (

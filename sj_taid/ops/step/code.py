@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dis
 import enum
-import math
 import re
 import sys
 from collections.abc import Iterator
+from operator import attrgetter, itemgetter
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -41,21 +41,41 @@ _FIXED = (
     *(type, FunctionType, BuiltinFunctionType, ModuleType, property, staticmethod, classmethod),
     *(enum.Enum, np.ufunc, torch.jit.ScriptFunction),
 )
-_CONSTANTS = (math.pi, math.e, math.tau, math.inf, math.nan)
+#: numbers and the like, which a key holds by their values
+PLAIN = (bool, int, float, str, type(None), np.generic, torch.dtype)
+
+
+def is_plain(value: Any) -> bool:
+    """Whether it is a number or the like, or a tuple of such."""
+    if isinstance(value, tuple):
+        return all(map(is_plain, value))
+    return isinstance(value, PLAIN) or (isinstance(value, np.ndarray) and value.ndim == 0)
 
 
 def is_fixed(value: Any, owner: Any = None) -> bool:
     """Whether it is code or the like, without a state that its calls may read."""
     if isinstance(value, MethodType):
         return value.__self__ is owner or isinstance(value.__self__, type)
-    return isinstance(value, _FIXED) or any(value is number for number in _CONSTANTS)
+    return isinstance(value, _FIXED)
 
 
-def check_code(kind: type) -> None:
-    """Raise :class:`NotRead` if the steps of a class read what may change unseen."""
+def check_code(kind: type, function: Any = None) -> dict[Any, Any]:
+    """What the steps of a class, or a function, read of numbers from outside, and how.
+
+    Raises:
+        NotRead: they read what may change unseen.
+    """
     walk = _Walk()
-    for name in STARTS:
+    if function is not None:
+        walk.value(kind, "function", function, set(), False)
+    for name in STARTS if function is None else ():
         walk.method(kind, name)
+    return walk.numbers
+
+
+def names_of(function: Any) -> set[str]:
+    """The names of attributes and globals in a function's code."""
+    return _names(function.__code__)
 
 
 class _Walk:
@@ -63,6 +83,7 @@ class _Walk:
 
     def __init__(self) -> None:
         self.seen: set[Any] = set()
+        self.numbers: dict[Any, Any] = {}  #: (of what, name) -> it, and what gives the number
 
     def method(self, owner: type, name: str) -> None:
         for kind in owner.__mro__:
@@ -92,12 +113,18 @@ class _Walk:
         for name in names:
             self.method(owner, name)
         for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
-            self._value(owner, name, cell.cell_contents, names, is_known)
+            if is_plain(cell.cell_contents) and not is_known:
+                self.numbers[id(cell), ""] = cell, attrgetter("cell_contents")
+                continue
+            self.value(owner, name, cell.cell_contents, names, is_known)
         if not is_known:
             for name in {*_globals_of(code)} & space.keys():
-                self._value(owner, name, space[name], names, is_known)
+                if is_plain(space[name]):
+                    self.numbers[id(space), name] = space, itemgetter(name)
+                    continue
+                self.value(owner, name, space[name], names, is_known)
 
-    def _value(self, owner: type, name: str, value: Any, names: set[str], is_known: bool) -> None:
+    def value(self, owner: type, name: str, value: Any, names: set[str], is_known: bool) -> None:
         """What a function reads under a name that is none of its own."""
         if isinstance(value, type | ModuleType):
             home = value.__name__ if isinstance(value, ModuleType) else value.__module__
@@ -116,7 +143,9 @@ class _Walk:
         """What is read of a class or of a module of Python."""
         for attribute in names & {*dir(home)}:
             value = getattr(home, attribute, None)
-            if not is_fixed(value):
+            if is_plain(value):
+                self.numbers[id(home), attribute] = home, attrgetter(attribute)
+            elif not is_fixed(value):
                 raise NotRead(f"reads {name}.{attribute} from outside, which may change unseen")
             if isinstance(home, ModuleType):
                 self._function(object, value)

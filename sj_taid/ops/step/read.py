@@ -159,8 +159,7 @@ def read(step: Step, states: int, parameters: Sequence[Tensor], shape: Sequence[
     """
     per_channel = any(p.numel() != 1 for p in parameters)
     shapes = _odd_shapes(shape, per_channel)
-    channels = shape[1] if per_channel and len(shape) > 1 else 1
-    first, second = (_read_once(step, states, parameters, s, channels) for s in shapes)
+    first, second = (_read_once(step, states, parameters, s) for s in shapes)
     if first != second:
         raise NotRead("depends on the shape of its input")
     return first
@@ -176,9 +175,7 @@ def _odd_shapes(shape: Sequence[int], per_channel: bool) -> list[tuple[int, ...]
     return found
 
 
-def _read_once(
-    step: Step, states: int, parameters: Sequence[Tensor], shape: Any, channels: int
-) -> Reading:
+def _read_once(step: Step, states: int, parameters: Sequence[Tensor], shape: Any) -> Reading:
     if states > MOST_STATES:
         raise NotRead(f"has more than {MOST_STATES} states")
     with (
@@ -193,7 +190,7 @@ def _read_once(
         inputs += [_example(p.shape, p.dtype) for p in parameters]
         upstream = [_example(shape).detach() for _ in range(1 + states)]
         drawn = _random_states()
-        calls, ends = _trace(step, states, inputs, upstream, channels)
+        calls, ends = _trace(step, states, inputs, upstream)
         if _random_states() != drawn:
             raise NotRead("draws random numbers")
     names = ["x", *(f"s{k}" for k in range(states)), *(f"w{k}" for k in range(len(parameters)))]
@@ -326,9 +323,9 @@ _ALIKE = frozenset(["is_floating_point", "is_complex", "is_signed", "is_cuda", "
 class _Asked(TorchFunctionMode):
     """Sees what Python asks of tensors: sizes become :class:`_Size`."""
 
-    def __init__(self, recorder: _Recorder, channels: int) -> None:
+    def __init__(self, recorder: _Recorder, channels: tuple[int, ...]) -> None:
         super().__init__()
-        self.recorder, self.known = recorder, (1, channels)  # a reading is for as many channels
+        self.recorder, self.known = recorder, (1, *channels)  # a reading is for as many channels
 
     def _note(self, text: str) -> NotRead:
         self.recorder.error = NotRead(text)
@@ -354,12 +351,11 @@ class _Asked(TorchFunctionMode):
         return result
 
 
-def _trace(
-    step: Step, states: int, inputs: Any, upstream: Any, channels: int
-) -> tuple[list[_Call], list[Any]]:
+def _trace(step: Step, states: int, inputs: Any, upstream: Any) -> tuple[list[_Call], list[Any]]:
     """All operations of a step and of its gradient, and their results, or :class:`NotRead`."""
     x, recorder = inputs[0], _Recorder()
-    asked = _Asked(recorder, channels)
+    per_channel = any(p.numel() != 1 for p in inputs[1 + states :])
+    asked = _Asked(recorder, x.shape[1:2] if per_channel else ())
     try:
         with recorder, torch.enable_grad():
             with asked:

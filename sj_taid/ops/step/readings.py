@@ -5,19 +5,22 @@ from __future__ import annotations
 import warnings
 from functools import partial
 from operator import attrgetter
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
-import numpy as np
 from torch import nn
 
+from .code import is_plain
 from .read import ONE_READING, NotRead, Reading
-from .record import HOOKS, Neuron, Notes, is_plain
+from .record import HOOKS, Neuron, Notes
 from .verify import verify
 
 #: class -> the names of attributes, modules and tensors that any of its neurons has read
 NAMES: dict[type, Notes] = {}
 #: (class, names, their values, sizes, engine) -> the reading, or why there is none
 _READINGS: dict[Any, Reading | str] = {}
+#: what is equal to itself alone
+BY_IDENTITY = (type, FunctionType, BuiltinFunctionType, MethodType, property)
 
 
 def read_neuron(
@@ -37,7 +40,12 @@ def read_neuron(
         per_channel = any(t.numel() != 1 for t in tensors.values())
         sizes = len(shape), shape[1:2] if per_channel else ()
         shapes = tuple((name, tuple(t.shape)) for name, t in tensors.items())
-        return kind, names, values_of(node, names), sizes, shapes, states, engine
+        functions = tuple(notes.functions), functions_of(node, tuple(notes.functions))
+        outside = tuple(
+            (name, plain_value(get(home))) for name, (home, get) in notes.outside.items()
+        )
+        values = names, values_of(node, names), functions, outside
+        return kind, values, sizes, shapes, states, engine
 
     with ONE_READING:
         found = _READINGS.get(key())
@@ -92,13 +100,25 @@ def has(node: Any, name: str) -> bool:
     return True
 
 
-def plain_value(value: Any) -> Any:
-    """An attribute as a plain number; of a tensor, which is read at each call, its class.
+def functions_of(node: Any, names: tuple[str, ...]) -> tuple[Any, ...]:
+    """The functions of a neuron's class and of modules within, and whether it has its own."""
+    found = []
+    for name in names:
+        home, _, last = name.rpartition(".")
+        owner = (attrgetter(home)(node) if has(node, home) else None) if home else node
+        kind = getattr(owner, "_taid_kind", type(owner))
+        found.append((getattr(kind, last, None), last in getattr(owner, "__dict__", ())))
+    return tuple(found)
 
-    So of anything else, of which no step is read.
+
+def plain_value(value: Any) -> Any:
+    """What stands for an attribute in a key: -0.0 is not 0.0, nor 1 True.
+
+    Of a tensor, which is read at each call, its class; so of anything else, of which no step is
+    read.
     """
-    if not is_plain(value):
-        return value if isinstance(value, type) else type(value)
-    if isinstance(value, np.ndarray):
-        value = value.item()
-    return value if isinstance(value, tuple) else (type(value), value)
+    if isinstance(value, tuple):
+        return tuple(map(plain_value, value))
+    if isinstance(value, BY_IDENTITY):
+        return value
+    return (type(value), repr(value)) if is_plain(value) else type(value)

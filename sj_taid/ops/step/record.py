@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from functools import cache
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
-import numpy as np
 import torch
 from spikingjelly.activation_based import base
 from torch import Tensor, nn
 
 from ..._internal import compat
-from .code import check_code, is_fixed
+from .code import check_code, is_fixed, is_plain, names_of
 from .read import NotRead, Reading, read
 
-#: attributes of these types are a part of the key, by their values
-PLAIN = (bool, int, float, str, type(None), np.generic, torch.dtype)
+#: packages whose functions of a sequence are known to run its steps
+_OWN = ("spikingjelly", "sj_taid")
 #: where a module keeps hooks on its calls
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 #: attributes that every module has, and that a call reads
@@ -33,6 +33,8 @@ class Notes:
         self.numbers: dict[str, None] = {}
         self.tensors: dict[str, None] = {}
         self.modules: dict[str, None] = {}
+        self.functions: dict[str, None] = {}  #: of its class, properties too
+        self.outside: dict[Any, Any] = {}  #: numbers that its code names: :func:`.code.check_code`
         #: of modules of SpikingJelly's within, during a step, and the attributes that they had
         self.copies: dict[int, Any] = {}
 
@@ -44,16 +46,22 @@ class Notes:
             return value
         if isinstance(value, nn.Module):
             return self._note_module(owner, path, value)
-        if name not in vars(owner) and is_fixed(value, owner):
-            return value  # a function of its class, which the key has
-        if isinstance(getattr(type(owner), name, None), property):
-            return value  # made of what was noted
+        is_property = isinstance(getattr(type(owner), name, None), property)
+        if is_property or (name not in vars(owner) and is_fixed(value, owner)):
+            self.functions[path] = None
+            if name.startswith("multi_step_") and value.__module__.partition(".")[0] not in _OWN:
+                raise NotRead(f"is run by {name!r} of {value.__module__}, which may be no step")
+            return value  # a property's is made of what was noted
         if isinstance(value, Tensor):
             if path not in tensors:
                 raise NotRead(f"reads {path!r}, a tensor of its class or of a module within it")
             self.tensors[path] = None
             return tensors[path]
-        if not is_plain(value):
+        if isinstance(value, FunctionType | BuiltinFunctionType | MethodType):
+            if hasattr(type(owner), name):
+                raise NotRead(f"calls {path!r}, which was replaced in this neuron alone")
+            self.outside |= check_code(type(owner), getattr(value, "__func__", value))
+        elif not is_plain(value):
             kind = type(value).__name__
             raise NotRead(f"reads its attribute {path!r}, a {kind}, which may change unseen")
         self.numbers[path] = None
@@ -71,27 +79,26 @@ class Notes:
             raise NotRead(f"calls a module with parameters or modules of its own ({path})")
         if path not in vars(owner)["_modules"]:
             raise NotRead(f"calls a module of its class or of a module within it ({path})")
+        self.functions[f"{path}.forward"] = None
+        if any(map(callable, own.values())):
+            raise NotRead(f"calls a module with functions of its own ({path})")
         if type(module).__module__.startswith("spikingjelly."):
             return self._note_known(path, module)
-        check_code(type(module))
+        self.outside |= check_code(type(module))
         return recording(module, self, {}, f"{path}.")
 
     def _note_known(self, path: str, module: Any) -> Any:
         """Note all numbers of a module of SpikingJelly's, which asks for its very class."""
         copied = object.__new__(type(module))
         vars(copied).update(vars(module))
-        for name in (*vars(module), *dir(type(module))):
-            if name not in _OF_MODULES and is_plain(getattr(module, name, [])):
+        called = names_of(type(module).forward)
+        for name in {*vars(module), *dir(type(module))} - _OF_MODULES:
+            if is_plain(getattr(module, name, [])):
                 self.numbers[f"{path}.{name}"] = None
+            elif name in called:
+                self.functions[f"{path}.{name}"] = None
         self.copies[id(copied)] = copied, dict(vars(copied))
         return copied
-
-
-def is_plain(value: Any) -> bool:
-    """Whether an attribute is a number or the like, or a tuple of such."""
-    if isinstance(value, tuple):
-        return all(isinstance(part, PLAIN) for part in value)
-    return isinstance(value, PLAIN) or (isinstance(value, np.ndarray) and value.ndim == 0)
 
 
 def recording(module: Any, notes: Notes, tensors: Any, home: str = "") -> Any:
@@ -187,7 +194,7 @@ class Neuron:
         """The step for inputs of this shape; notes what it reads, up to where it cannot be read."""
         self.notes = notes
         if not hasattr(self.node, "_taid_tensors"):
-            check_code(getattr(self.node, "_taid_kind", type(self.node)))
+            notes.outside |= check_code(getattr(self.node, "_taid_kind", type(self.node)))
         return read(self.step, len(self.states), list(self.tensors.values()), shape)
 
     def step(

@@ -373,13 +373,8 @@ REFUSED = {
     "traced": (lambda self, x, v: float(x.detach().numpy().sum()), {}),
     "sets its attribute 'calls'": (sets, {"calls": 0}),
     "sets an attribute": (writes, {}),
-    "reads 'NUMBER' from outside": (lambda self, x, v: NUMBER, {}),
-    "'NUMBER' from outside": (by_helper, {}),
-    "reads 'NUMBER'": (in_lambda, {}),
     "reads 'LIST' from outside": (lambda self, x, v: LIST[0], {}),
     "reads 'FUNCTION' from outside": (lambda self, x, v: FUNCTION(x), {}),
-    "reads Config.gain from outside": (lambda self, x, v: Config.gain, {}),
-    "reads 'number' from outside": (by_number(2.0), {}),
     "a partial": (lambda self, x, v: self.table(x), {"table": FUNCTION}),
     "for 'is_grad_enabled'": (lambda self, x, v: 1.0 + torch.is_grad_enabled(), {}),
     "for 'requires_grad'": (lambda self, x, v: 1.0 + x.requires_grad, {}),
@@ -406,7 +401,6 @@ REFUSED = {
     "mean": (lambda self, x, v: x.mean(), {}),
     "a dict": (lambda self, x, v: self.table["a"], {"table": {"a": 2.0}}),
     "a list": (lambda self, x, v: self.table[0], {"table": [2.0]}),
-    "a function": (lambda self, x, v: self.table(2.0), {"table": lambda a: a}),
     "scripted function that asks for 'size'": (lambda self, x, v: by_script(x), {}),
     "a part of a tensor": (lambda self, x, v: with_item(torch.zeros_like(x), 1), {}),
     "in place what it is given": (lambda self, x, v: v.detach().mul_(2), {}),
@@ -421,6 +415,227 @@ REFUSED = {
         {"p": nn.Parameter(torch.ones(()))},
     ),
 }  # fmt: skip
+
+
+#: where numbers from outside are -> what the step looks at, and a change of one
+OUTSIDE = {
+    "a global": (lambda self, x, v: NUMBER, lambda value: set_global("NUMBER", value)),
+    "in a helper": (by_helper, lambda value: set_global("NUMBER", value)),
+    "in a lambda": (in_lambda, lambda value: set_global("NUMBER", value)),
+    "of a class": (lambda self, x, v: Config.gain, lambda value: setattr(Config, "gain", value)),
+}
+
+
+def set_global(name, value):
+    globals()[name] = value
+
+
+@pytest.mark.parametrize("where", OUTSIDE)
+def test_a_number_from_outside_is_read_and_its_change_seen(where):
+    look, change = OUTSIDE[where]
+    plain = type("Outside", (Looks,), {})(look)
+    fast = copy.deepcopy(plain)
+    (row,) = accelerate(nn.Sequential(fast)).rows
+    assert row.done, row
+    x = torch.randn(3, 2, 4, 2, 3)
+    for value in (2.0, 0.25, 3, True, -0.0, 0.0):
+        change(value)
+        check_equal(plain, fast, x)
+    change([2.0])  # which may change unseen
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(TypeError):
+            fast(x)
+    change(2.0)
+
+
+def test_a_closures_number_and_a_function_of_the_neurons_own_are_read():
+    """Surrogates by a factory, which differ in numbers alone."""
+    x = torch.randn(3, 2, 4, 2, 3)
+    made = type("Made", (Looks,), {})
+    for width in (0.5, 1.5, 0.5):
+        for look in (by_number(width), lambda self, x, v: self.table(x)):
+            plain = made(look, table=lambda a, width=width: Thick.of(width)(a))
+            fast = copy.deepcopy(plain)
+            (row,) = accelerate(nn.Sequential(fast)).rows
+            assert row.done, row
+            check_equal(plain, fast, x)
+            plain.table = fast.table = Thick.of(3.0)
+            check_equal(plain, fast, x)
+
+
+class Thick(torch.autograd.Function):
+    forward = staticmethod(lambda ctx, x, width: (x >= width).to(x))
+    backward = staticmethod(lambda ctx, grad: (grad * 0.5, None))
+
+    @staticmethod
+    def of(width):
+        return lambda a: Thick.apply(a, width)
+
+
+#: a method, and another that a test puts in its place
+REPLACED = {
+    "step": lambda self, x, v: (x * 0.5, v + x),
+    "leak": lambda self, v: v * 0.25,
+}
+
+
+class Leaks(Plain):
+    def leak(self, v):
+        return v * 0.5
+
+    def step(self, x, v):
+        return super().step(x, self.leak(v))
+
+
+@pytest.mark.parametrize("name", REPLACED)
+@pytest.mark.filterwarnings("ignore:.*is not fused")
+def test_a_method_that_is_replaced_is_seen(name):
+    kind = type("Own", (Leaks,), {})
+    plain = kind()
+    fast = copy.deepcopy(plain)
+    assert accelerate(nn.Sequential(fast)).rows[0].done
+    x = torch.randn(3, 2, 4, 2, 3)
+    check_equal(plain, fast, x)
+    setattr(kind, name, REPLACED[name])  # of the class
+    check_equal(plain, fast, x)
+    delattr(kind, name)
+    check_equal(plain, fast, x)
+    for node in (plain, fast):  # of the neuron
+        setattr(node, name, partial(REPLACED[name], node))
+    check_equal(plain, fast, x)
+    for node in (plain, fast):
+        delattr(node, name)
+    check_equal(plain, fast, x)
+
+
+@pytest.mark.parametrize("name", ["IFNode", "LIFNode", "ParametricLIFNode", "KLIFNode"])
+@pytest.mark.filterwarnings("ignore:.*is not fused")
+def test_a_replaced_function_of_spikingjelly_is_seen(name, monkeypatch):
+    plain = getattr(neuron, name)(step_mode="m", surrogate_function=surrogate.ATan())
+    fast = copy.deepcopy(plain)
+    accelerate(nn.Sequential(fast))
+    x = torch.randn(3, 2, 4, 2, 3)
+    check_equal(plain, fast, x)
+    methods = {"neuronal_charge": lambda self, x: setattr(self, "v", self.v * 0.3 + x)}
+    methods |= {"neuronal_fire": lambda self: (self.v > 0.2).to(self.v)}
+    for method, function in methods.items():
+        if hasattr(type(plain), method):
+            with monkeypatch.context() as patch:
+                patch.setattr(type(plain), method, function)
+                check_equal(plain, fast, x)
+            check_equal(plain, fast, x)
+            for node in (plain, fast):
+                setattr(node, method, partial(function, node))
+            check_equal(plain, fast, x)
+            for node in (plain, fast):
+                delattr(node, method)
+    other = staticmethod(lambda x, *args: own_neurons._Triangle.apply(x, 0.7))
+    with monkeypatch.context() as patch:
+        patch.setattr(surrogate.ATan, "spiking_function", other)
+        check_equal(plain, fast, x)
+    check_equal(plain, fast, x)
+    for node in (plain, fast):
+        node.surrogate_function.spiking_function = other.__func__
+    check_equal(plain, fast, x)
+    for node in (plain, fast):
+        del node.surrogate_function.spiking_function
+    check_equal(plain, fast, x)
+
+
+@pytest.mark.parametrize("name", ["v_reset", "v_threshold"])
+def test_numbers_that_python_takes_for_equal_are_told_apart(name):
+    """-0.0 and 0.0, whole numbers and truths: their signs come out, and their dtypes."""
+    values = 0.0, -0.0, 0, 1.0, True, 1, math.nan, False, np.float32(-0.0), -0.0
+    plain = type("Signs", (Plain,), {"step": signs})()
+    plain.pair = 1.0, 2.0
+    fast = copy.deepcopy(plain)
+    accelerate(nn.Sequential(fast))
+    x = torch.randn(3, 2, 4, 2, 3)
+    for value in values:
+        plain.__dict__[name] = fast.__dict__[name] = value
+        plain.pair = fast.pair = value, 2.0
+        check_equal(plain, fast, x)
+
+
+def signs(self, x, v):
+    """1 / -0.0 is -inf."""
+    spike = (x * self.v_reset * 0 + self.v_reset + self.pair[0]).reciprocal()
+    return spike * (2.0 if isinstance(self.pair[0], bool) else 1.0), v * self.v_threshold + x
+
+
+DTYPES = torch.float32, torch.float64, torch.bfloat16, torch.float16
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.filterwarnings("ignore:.*is not fused", "ignore:.*Falling back")
+def test_a_parameter_of_another_dtype_gives_the_plain_classs_dtypes(dtype):
+    for kind in (own_neurons.PerChannel, own_neurons.GLIF, own_neurons.TwoCompartments):
+        for of_parameters in DTYPES:
+            plain = kind().to(of_parameters)
+            fast = copy.deepcopy(plain)
+            accelerate(nn.Sequential(fast))
+            x = torch.randn(3, 2, 4, 2, 3).to(dtype)
+            seen = [node(x).dtype for node in (plain, fast)]
+            assert seen[0] == seen[1], (kind, of_parameters)
+            if dtype not in (torch.bfloat16, torch.float16):
+                check_equal(plain, fast, x)
+
+
+@pytest.mark.parametrize("kind", [Leaks, neuron.IFNode, neuron.LIFNode])
+@pytest.mark.filterwarnings("ignore:.*is not fused")
+def test_a_sequence_that_is_replaced_is_seen(kind):
+    kind = type("Own", (kind,), {})
+    plain = kind()
+    plain.step_mode = "m"
+    fast = copy.deepcopy(plain)
+    assert accelerate(nn.Sequential(fast)).rows[0].done
+    x = torch.randn(3, 2, 4, 2, 3)
+    check_equal(plain, fast, x)
+    kind.multi_step_forward = lambda self, x_seq: x_seq.flip(0) * 2
+    check_equal(plain, fast, x)
+    del kind.multi_step_forward
+    if compat.FUNCTIONAL_STATES:
+        kind.multi_step_functional_forward = lambda self, xs, states: ((xs[0].flip(0),), states)
+        check_equal(plain, fast, x)
+
+
+@pytest.mark.skipif(not compat.FUNCTIONAL_STATES, reason="needs SpikingJelly 2.x")
+@pytest.mark.filterwarnings("ignore:.*is not fused")
+def test_a_replaced_sequence_of_spikingjelly_is_seen(monkeypatch):
+    plain = neuron.LIFNode(step_mode="m")
+    fast = copy.deepcopy(plain)
+    accelerate(nn.Sequential(fast))
+    monkeypatch.setattr(
+        neuron.LIFNode,
+        "multi_step_functional_forward",
+        lambda self, xs, states, *args: ((xs[0].flip(0) * 2,), (states[0] + xs[0].sum(0),)),
+    )
+    check_equal(plain, fast, torch.randn(3, 2, 4, 2, 3))
+
+
+#: numbers of other dtypes, which are cut
+CUT = [
+    lambda x: torch.full_like(x, 0.5, dtype=torch.int64),
+    lambda x: x.new_full(x.shape, -1.5, dtype=torch.int32),
+    lambda x: torch.scalar_tensor(2.7, dtype=torch.int32),
+    lambda x: torch.zeros_like(x, dtype=torch.int32).fill_(2.7),
+    lambda x: torch.full((), -1.5).to(torch.int32),
+    lambda x: torch.full_like(x, 0.3, dtype=torch.bool),
+    lambda x: torch.ones_like(x, dtype=torch.bool) * 0.3,
+    lambda x: torch.full_like(x, 7, dtype=torch.int64) / 2,
+    lambda x: torch.full_like(x, 0.1, dtype=torch.float16).float(),
+    lambda x: x.to(torch.int32),
+]
+
+
+@pytest.mark.parametrize("number", CUT)
+@pytest.mark.filterwarnings("ignore:.*is not fused")
+def test_numbers_of_other_dtypes_are_torchs(number):
+    plain = type("Cuts", (Looks,), {})(lambda self, x, v: number(x) + 0.25)
+    fast = copy.deepcopy(plain)
+    accelerate(nn.Sequential(fast))
+    check_equal(plain, fast, torch.randn(3, 2, 4, 2, 3) * 3)
 
 
 class Clipped(torch.autograd.Function):
@@ -638,7 +853,7 @@ def check_equal(plain, fast, x, reset=True):
             seen.append([y.detach(), leaf.grad, *states])
     assert type(seen[0]) is type(seen[1]), seen
     if isinstance(seen[0], list):
-        torch.testing.assert_close(seen[1], seen[0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(seen[1], seen[0], rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
 @pytest.mark.filterwarnings("ignore:.*please report it", "ignore:.*is not fused")
