@@ -315,14 +315,14 @@ def _why_not_these(node: Any, x_seq: Tensor, states: Any, tensors: list[Any]) ->
 
     Torch promotes tensors of several dtypes, and a plan computes in one.
     """
-    if isinstance(node, Accelerated) and (reason := compat.why_not_stepwise(node._taid_kind)):
-        return reason
     dtypes = x_seq.dtype, state_dtype(x_seq.dtype)
     for name, v in states.items():
         if isinstance(v, Tensor) and v.dtype not in dtypes:
             return f"its state {name!r} is {v.dtype}, its input {x_seq.dtype}"
     if hasattr(node, "_taid_tensors"):  # ALIF, which computes in float32
         return None
+    if reason := compat.why_not_stepwise(node._taid_kind):
+        return reason
     for name, t in zip(Plans.of(node).view.tensor_names, tensors, strict=True):
         if t.dtype not in dtypes[: 1 + (t.dim() == 0)]:
             return f"its parameter or buffer {name!r} is {t.dtype}, its input {x_seq.dtype}"

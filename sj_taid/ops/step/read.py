@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import random
+import sys
 import threading
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
@@ -339,14 +340,16 @@ class _Asked(TorchFunctionMode):
         if name not in _TAKES_SIZES or (sizes and name in ("full", "new_full")):
             tree_map_only(_Size, _Size._compute, (args, kwargs))
         result = func(*given[0], **given[1])
-        if name in _ASKED or (isinstance(result, bool) and name not in _ALIKE):
+        is_asked = name in _ASKED or (isinstance(result, bool) and name not in _ALIKE)
+        # SpikingJelly's surrogates ask whether to save for backward.
+        if is_asked and "spikingjelly." not in sys._getframe(1).f_globals["__name__"]:
             raise self._note(f"asks for {name!r}, which may be another at the next call")
         if name in ("dim", "ndim", "ndimension"):
             return result
         known = self.known if name in _SIZES else ()
         if isinstance(result, tuple) and name in (*_SIZES, "stride"):
             return tuple(n if n in known else _Size(n, self._note) for n in result)
-        if isinstance(result, int) and not isinstance(result, bool):
+        if type(result) is int:
             return result if result in known else _Size(result, self._note)
         return result
 
@@ -435,6 +438,46 @@ _METHODS = {
     **dict.fromkeys(("clamp", "clamp_min", "clamp_max", "hardtanh"), "_clamp"),
     **dict.fromkeys(("addcmul", "addcdiv"), "_add_product"),
     **{"index_put": "_put", "pow": "_power"},
+}
+_MOST = torch.finfo(torch.float32).max
+#: operations of several lines: of what makes a line of names and numbers, and of their arguments
+_COMPOSED: dict[str, Callable[..., str]] = {
+    "softplus": lambda line, x, beta=1, limit=20: line(
+        *("where", line("gt", z := line("mul", x, beta), limit)),
+        *(x, line("div", line("log1p", line("exp", z)), beta)),
+    ),
+    "softplus_backward": lambda line, g, x, beta, limit: line(
+        *("where", line("gt", z := line("mul", x, beta), limit)),
+        *(g, line("div", line("mul", g, z := line("exp", z)), line("add", z, 1))),
+    ),
+    "leaky_relu": lambda line, x, slope=0.01: line(
+        "where", line("gt", x, 0), x, line("mul", x, slope)
+    ),
+    "leaky_relu_backward": lambda line, g, x, slope, _: line(
+        "where", line("gt", x, 0), g, line("mul", g, slope)
+    ),
+    "hardtanh_backward": lambda line, g, x, low, high: line(
+        "where", line("and", line("gt", x, low), line("lt", x, high)), g, 0
+    ),
+    "hardsigmoid": lambda line, x: line(
+        "div", line("at_most", line("at_least", line("add", x, 3), 0), 6), 6
+    ),
+    "hardsigmoid_backward": lambda line, g, x: line(
+        "where", line("and", line("gt", x, -3), line("lt", x, 3)), line("mul", g, 1 / 6), 0
+    ),
+    "lerp": lambda line, a, b, w: line(
+        *("add", line("where", near := line("lt", line("abs", w), 0.5), a, b)),
+        line("scale", line("where", near, w, line("sub", w, 1)), line("sub", b, a)),
+    ),
+    "isnan": lambda line, x: line("ne", x, x),
+    "isinf": lambda line, x: line("eq", line("abs", x), math.inf),
+    "nan_to_num": lambda line, x, nan=None, high=None, low=None: line(
+        *("where", line("ne", x, x), nan or 0),
+        line(
+            *("where", line("eq", x, math.inf), high or _MOST),
+            line("where", line("eq", x, -math.inf), low or -_MOST, x),
+        ),
+    ),
 }
 _SAME_AS = {
     "sgn": "sign",
@@ -685,7 +728,9 @@ class _Reader:
 
     def _pointwise(self, call: _Call, base: str) -> str:
         args, kwargs, dtype = call.args, call.kwargs, call.result.dtype
-        if dtype == torch.bool and base not in (*_COMPARE, *_LOGIC, "_to_copy"):
+        if dtype == torch.bool and base == "mul":
+            base = "logical_and"
+        if dtype == torch.bool and base not in (*_COMPARE, *_LOGIC, "_to_copy", "isnan", "isinf"):
             raise NotRead(f"has {base} of truth values")
         if base in _COMPARE:
             return self._line(base, *(self._float(a) for a in args[:2]))
@@ -695,7 +740,12 @@ class _Reader:
             return self._cast(self.of(args[0]), dtype)
         if (method := _METHODS.get(base)) and (name := getattr(self, method)(base, args, kwargs)):
             return name
+        if base in _COMPOSED:
+            given = [a if a is None else self._float(a) for a in args]
+            return _COMPOSED[base](self._line_of, *given)
         changes = kwargs.get("rounding_mode") or kwargs.get("decimals")
+        if base == "div" and changes == "trunc":
+            return self._line("trunc", self._line("div", *map(self._float, args)))
         if base in _PLAIN and not changes:
             return self._line(base, *(self._float(a) for a in args[: _PLAIN[base]]))
         raise NotRead(f"has {base}, which is not pointwise or not known")
@@ -733,15 +783,19 @@ class _Reader:
         if base == "clamp_max":
             low, high = None, args[1]
         name = self._float(args[0])
-        if low is not None:
-            name = self._line("at_least", name, self._float(low))
-        if high is not None:
-            name = self._line("at_most", name, self._float(high))
+        for bound, of_number, of_tensor in (
+            (low, "at_least", "maximum"),
+            (high, "at_most", "minimum"),
+        ):
+            if isinstance(bound, Tensor):  # which may be NaN
+                name = self._line(of_tensor, name, self._float(bound))
+            elif bound is not None:
+                name = self._line(of_number, name, self._float(bound))
         return name
 
     def _power(self, base: str, args: Any, kwargs: Any) -> str:
         if isinstance(args[1], Tensor):
-            return ""
+            return self._line("pow", *map(self._float, args))
         x, exponent = self._float(args[0]), args[1]
         if exponent in (2, -2, 3):
             square = self._line("mul", x, x)
@@ -752,6 +806,10 @@ class _Reader:
         if exponent in known:
             return self._line(known[exponent], x) if known[exponent] else x
         return self._line("pow", x, self._float(exponent))
+
+    def _line_of(self, op: str, *args: Any) -> str:
+        """A line of names and numbers."""
+        return self._line(op, *(a if isinstance(a, str) else self._constant(a) for a in args))
 
     def _line(self, op: str, *args: str) -> str:
         op = _SAME_AS.get(op, op)

@@ -518,7 +518,7 @@ def test_a_replaced_function_of_spikingjelly_is_seen(name, monkeypatch):
     x = torch.randn(3, 2, 4, 2, 3)
     check_equal(plain, fast, x)
     methods = {"neuronal_charge": lambda self, x: setattr(self, "v", self.v * 0.3 + x)}
-    methods |= {"neuronal_fire": lambda self: (self.v > 0.2).to(self.v)}
+    methods |= {"neuronal_fire": lambda self: self.surrogate_function(self.v - 0.2)}
     for method, function in methods.items():
         if hasattr(type(plain), method):
             with monkeypatch.context() as patch:

@@ -6,6 +6,7 @@ from functools import cache
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from sj_taid.ops.step import read as reading_of
 from sj_taid.ops.step.text import EXPRESSIONS
@@ -98,7 +99,25 @@ COMPOSED = {
         for f in (torch.addcmul, torch.addcdiv)
         for v in (1, 0.3)
     ],
-    "relu6": [lambda x, y: torch.nn.functional.relu6(x).detach()],
+    "relu6": [lambda x, y: F.relu6(x), lambda x, y: F.relu6(x) * y, lambda x, y: F.hardtanh(x)],
+    "softplus": [lambda x, y: F.softplus(x), lambda x, y: F.softplus(x, 2.0, 5.0) * y],
+    "leaky_relu": [lambda x, y: F.leaky_relu(x), lambda x, y: F.leaky_relu(x, 0.3) * y],
+    "hardsigmoid": [lambda x, y: F.hardsigmoid(x), lambda x, y: F.hardsigmoid(x) * y],
+    "lerp": [
+        *(lambda x, y: torch.lerp(x, y, 0.3), lambda x, y: torch.lerp(x, y, 0.7)),
+        *(lambda x, y: torch.lerp(x, y, y), lambda x, y: x.lerp(y, torch.tensor(0.6))),
+    ],
+    "nan_to_num": [
+        *(lambda x, y: x.nan_to_num(), lambda x, y: x.nan_to_num(0.5) * y),
+        lambda x, y: x.nan_to_num(0.5, 2.0, -3.0),
+    ],
+    "isnan": [lambda x, y: torch.where(x.isnan(), y, x), lambda x, y: x.isinf().to(y)],
+    "pow": [lambda x, y: 2.0**x, lambda x, y: 0.9**x * y, lambda x, y: 1**x, lambda x, y: x**y],
+    "clamp by a tensor": [
+        *(lambda x, y: x.clamp(max=y), lambda x, y: torch.clamp(x, min=y)),
+        lambda x, y: x.clamp(y * 0.5, y),
+    ],
+    "div": [lambda x, y: torch.div(x, y, rounding_mode="trunc")],
 }
 
 
