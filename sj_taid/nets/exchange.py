@@ -166,4 +166,7 @@ def _describe_equality(site: Site, found: dict[int, Reading]) -> str:
     if site.dtype.itemsize < 4 or isinstance(site.node, ALIFNode):
         return describe_equality(site)
     is_exact = all(reading.exact for reading in found.values())
-    return f"equal outputs{'' if is_exact else ' to rounding'}"
+    note = f"equal outputs{'' if is_exact else ' to rounding'}"
+    if len(found) < len(as_read(site.node)[1]):
+        note += f"; fused for inputs of {' or '.join(str(n + 1) for n in sorted(found))} axes alone"
+    return note

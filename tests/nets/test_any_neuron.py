@@ -21,6 +21,7 @@ from tests.nets.own_neurons import (
     GLIF,
     OWN,
     AdaptiveThreshold,
+    PerChannel,
     Refractory,
     Ternary,
     ThreeStates,
@@ -134,6 +135,40 @@ def test_a_neuron_equals_its_class(name):
         if isinstance(want, torch.Tensor):  # what its class gives
             torch.testing.assert_close(got + 0, want, rtol=r, atol=r)
     assert_alike(results(fast, x, 2), results(plain, x, 2), 2e-5)
+
+
+@pytest.mark.parametrize("kind", [GLIF, PerChannel, AdaptiveThreshold])
+def test_hooks_other_parameters_and_a_second_norm_are_as_in_the_plain_net(kind):
+    plain = net_of(kind())
+    fast = copy.deepcopy(plain)
+    sj_taid.accelerate(fast)
+    x = images()
+    for net in (plain, fast):
+        for parameter in net[2].parameters():
+            parameter.register_hook(lambda grad: grad * 3)
+        net[2].register_forward_hook(lambda module, args, y: y.register_hook(lambda g: g / 2) and y)
+    assert_alike(results(fast, x, 2), results(plain, x, 2), 2e-5)
+    others = {n: p.detach() * 0.7 for n, p in plain.named_parameters()}
+    found = []
+    for net in (plain, fast):
+        functional.reset_net(net)
+        given = {n: p.clone().requires_grad_() for n, p in others.items()}
+        y = torch.func.functional_call(net, given, (x,))
+        y.pow(2).sum().backward()
+        found.append({"output": y.detach()} | {f"grad of {n}": p.grad for n, p in given.items()})
+        functional.reset_net(net)
+    assert_alike(*reversed(found), 2e-5)
+    for net in (plain, fast):
+        net[1] = nn.Sequential(net[1], layer.BatchNorm2d(4, step_mode="m"))
+    sj_taid.accelerate(fast)
+    assert_alike(results(fast, x, 2), results(plain, x, 2), 2e-5)
+
+
+def test_the_report_says_for_how_many_axes_a_neuron_is_fused():
+    (row,) = sj_taid.accelerate(nn.Sequential(PerChannel())).rows
+    assert row.note == "equal outputs; fused for inputs of 5 axes alone", row
+    (row,) = sj_taid.accelerate(nn.Sequential(AdaptiveThreshold())).rows
+    assert row.note == "equal outputs"
 
 
 def test_every_other_neuron_has_a_reason():

@@ -137,7 +137,9 @@ class _Walk:
                 for method in [m for m in vars(value) if m[:2] != "__" or m == "__call__"]:
                     self.method(value, method)
         elif not (is_known or is_fixed(value)):
-            raise NotRead(f"reads {name!r} from outside of it, which may change unseen")
+            raise NotRead(
+                f"reads {name!r} from outside of it, which may change unseen: make it its own"
+            )
         self._function(owner, getattr(value, "__func__", value))
 
     def _attributes(self, name: str, home: Any, names: set[str]) -> None:

@@ -237,7 +237,7 @@ class _Opaque(Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
-            raise NotRead("asks for a value of a tensor")
+            raise NotRead("asks for a value of a tensor: torch.where takes the place of if")
         args_, kwargs_ = tree_map_only(_Opaque, lambda t: t.values, (args, kwargs or {}))
         result = func(*args_, **kwargs_)
         if args and isinstance(args[0], _Opaque) and result is args[0].values:
@@ -300,7 +300,9 @@ class _Size(torch.SymInt):
         return self._compute()
 
     def _compute(self, *args: Any) -> Any:
-        raise self.note("computes or decides something by a size of its input")
+        raise self.note(
+            "computes or decides something by a size of its input: a layer before it may"
+        )
 
     __hash__ = __bool__ = __int__ = __index__ = __float__ = __repr__ = _compute
     __lt__ = __le__ = __gt__ = __ge__ = __ne__ = _compute
@@ -539,7 +541,7 @@ class _Reader:
         if (value := self.values.get(id(tensor))) is None:
             raise NotRead("reads a tensor that is no parameter, buffer, state or attribute of it")
         if value.name is None:
-            raise NotRead("reads memory that it has not set")
+            raise NotRead("reads memory that it has not set, as of torch.empty")
         return value
 
     def take(self, call: _Call) -> None:
@@ -549,7 +551,9 @@ class _Reader:
         shown: set[int] = self._alias(call.args[0]) if in_place else set()
         known = [self.values[other] for other in shown - {_GIVEN}]
         if _GIVEN in shown or any(value.kind == "operand" for value in known):
-            raise NotRead(f"changes in place what it is given ({name})")
+            raise NotRead(
+                f"changes in place what it is given ({name}): write h = h * 2 for h.mul_(2)"
+            )
         size = call.args[0].numel() if in_place else 0
         if any(math.prod(value.shape) != size for value in known) or "out" in call.kwargs:
             raise NotRead(f"changes a part of a tensor in place ({name})")
@@ -578,7 +582,7 @@ class _Reader:
         if call.number is not None and not (tensors and id(tensors[0]) in self.values):
             return _Value("number", call.number, result.dtype, tuple(result.shape))
         if base == "_local_scalar_dense":
-            raise NotRead("asks for a value of a tensor")
+            raise NotRead("asks for a value of a tensor: torch.where takes the place of if")
         is_made = isinstance(result, Tensor | list | tuple) and tensors
         if not is_made or call.function.namespace != "aten":
             raise NotRead(f"has {base}, which is no function of what it is given")
@@ -598,7 +602,7 @@ class _Reader:
             first, *others = map(self.of, _tensors_of(call))
             if result.numel() and all(other.name == first.name for other in others):
                 return first._replace(shape=tuple(result.shape))
-            raise NotRead(f"has {base} of constants")
+            raise NotRead(f"has {base} of constants, which is not pointwise")
 
         def number(tensor: Tensor) -> Tensor:
             value = self.of(tensor)
@@ -606,7 +610,7 @@ class _Reader:
 
         args, kwargs = tree_map_only(Tensor, number, (call.args, call.kwargs))
         if torch.Tag.pointwise not in call.function.tags and base != "_to_copy":
-            raise NotRead(f"has {base} of constants")
+            raise NotRead(f"has {base} of constants, which is not pointwise")
         found = call.function(*args, **kwargs)
         return _Value("number", found.item(), result.dtype, tuple(result.shape))
 
@@ -706,9 +710,9 @@ class _Reader:
         """The values of some neurons, as ``x[x > 1]``."""
         whole, (chosen, *others) = call.args
         if others or chosen is None or self.of(chosen).dtype != torch.bool or self.of(whole).mask:
-            raise NotRead("has index, which is not pointwise")
+            raise NotRead("has an index that is no condition on its input or states")
         if self.of(chosen).kind != "neuron" or tuple(chosen.shape) != tuple(whole.shape):
-            raise NotRead("has index, which is not pointwise")
+            raise NotRead("has an index that is no condition on its input or states")
         shape = tuple(call.result.shape)
         return self.of(whole)._replace(kind="neuron", mask=self._bool(chosen), shape=shape)
 
@@ -716,11 +720,11 @@ class _Reader:
         """Values put in the place of some neurons', as ``y[x > 1] = 0``."""
         whole, chosen, values = args[:3]
         if len(chosen) != 1 or tuple(chosen[0].shape) != tuple(whole.shape):
-            raise NotRead("has index_put, which is not pointwise")
+            raise NotRead("sets values at an index that is no condition on its input or states")
         mask, value = self._bool(chosen[0]), self.of(values)
         fits = value.mask == mask or value.kind == "number" or values.numel() == 1
         if value.mask not in ("", mask) or not fits:
-            raise NotRead("has index_put, which is not pointwise")
+            raise NotRead("sets values at an index that is no condition on its input or states")
         found, before = self._float(values), self._float(whole)
         if any(args[3:]):  # added to what is there
             found = self._line("add", before, found)
@@ -731,7 +735,7 @@ class _Reader:
         if dtype == torch.bool and base == "mul":
             base = "logical_and"
         if dtype == torch.bool and base not in (*_COMPARE, *_LOGIC, "_to_copy", "isnan", "isinf"):
-            raise NotRead(f"has {base} of truth values")
+            raise NotRead(f"has {base} of truth values: .to(x) makes numbers of them")
         if base in _COMPARE:
             return self._line(base, *(self._float(a) for a in args[:2]))
         if base in _LOGIC:
@@ -844,12 +848,12 @@ class _Reader:
         if value is not None and value.kind == "number":
             return "TRUE" if value.name else "FALSE"
         if value is None or value.kind != "neuron":
-            raise NotRead("has a condition that is no neuron's")
+            raise NotRead("has a condition on parameters alone")
         return value.name if value.dtype == torch.bool else self._line("ne", value.name, "0")
 
     def _constant(self, number: Any) -> str:
         if not isinstance(number, int | float):
-            raise NotRead(f"has a constant that is a {type(number).__name__}")
+            raise NotRead(f"has a constant that is no number but a {type(number).__name__}")
         if type(number) is int and number in (0, 1):
             return str(number)
         if number == 0 and math.copysign(1, number) < 0:  # equal to 0.0, and another structure

@@ -63,7 +63,9 @@ class Notes:
             self.outside |= check_code(type(owner), getattr(value, "__func__", value))
         elif not is_plain(value):
             kind = type(value).__name__
-            raise NotRead(f"reads its attribute {path!r}, a {kind}, which may change unseen")
+            raise NotRead(
+                f"reads its attribute {path!r}, a {kind}, which may change unseen: take a tuple"
+            )
         self.numbers[path] = None
         return value
 
@@ -138,7 +140,7 @@ def _recording_class(kind: Any) -> Any:
         own = vars(self)
         if name not in own.get("_memories", ()):
             what = "changes a module within it: sets" if own["_taid_notes"][2] else "sets"
-            raise NotRead(f"{what} its attribute {name!r}")
+            raise NotRead(f"{what} its attribute {name!r}: register_memory makes it a state")
         own["_memories"][name] = value
 
     names: dict[str, Any] = {"__getattribute__": __getattribute__, "__setattr__": __setattr__}
