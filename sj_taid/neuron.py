@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -352,6 +353,17 @@ class ALIFNode(FusedNeuron, compat.BaseNode):
                 "with SpikingJelly 2's memopt.checkpoint_module(net), which keeps the states, or "
                 "reset inside the function: "
                 "checkpoint(lambda x: (functional.reset_net(net), net(x))[1], x)"
+            )
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        threshold, bound = self.v_threshold.detach(), self.min_v_threshold
+        if bound is not None and not threshold.is_meta and threshold.lt(bound).any():
+            warnings.warn(
+                f"{prefix}v_threshold={threshold.min().item():.4g} was loaded, below "
+                f"min_v_threshold={bound:.4g} of this net, which takes its place: if the net that "
+                "was saved had another bound, give this one the same",
+                stacklevel=2,
             )
 
     def _apply(self, fn: Callable[[Tensor], Tensor]) -> nn.Module:

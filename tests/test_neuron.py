@@ -131,6 +131,33 @@ def test_min_v_threshold_lets_the_threshold_recover():
     assert node.v_threshold.grad.tolist() == [0.0, -1.0, 1.0, 1.0, -1.0]
 
 
+@pytest.mark.parametrize("channels", [None, 3])
+@pytest.mark.parametrize(
+    ("learned", "bound", "warned"),
+    [
+        (0.05, 0.1, "1.v_threshold=0.05 was loaded, below min_v_threshold=0.1 of this net"),
+        (-1.0, 0.7, "1.v_threshold=-1 was loaded, below min_v_threshold=0.7 of this net"),
+        (0.7, 0.7, None),  # which float32 rounds down
+        (0.05, None, None),
+    ],
+)
+def test_a_load_warns_of_a_threshold_below_the_bound(channels, learned, bound, warned):
+    nets = [
+        nn.Sequential(
+            nn.Linear(3, 3), ALIFNode(step_mode="m", channels=channels, min_v_threshold=least)
+        )
+        for least in (None, bound)
+    ]
+    with torch.no_grad():
+        nets[0][1].v_threshold.view(-1)[:1] = learned  # of one channel
+    accelerate(nets[1])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        nets[1].load_state_dict(nets[0].state_dict())
+    assert [str(w.message).partition(", which")[0] for w in caught] == [warned] * bool(warned)
+    torch.testing.assert_close(nets[1].state_dict(), nets[0].state_dict())
+
+
 @pytest.mark.filterwarnings("ignore:backend 'numba' cannot take this call")  # float16
 @pytest.mark.parametrize("dtype", HALF)
 def test_half_keeps_float32_parameters_and_state(dtype):
