@@ -12,7 +12,6 @@ from torch.nn.utils.parametrize import is_parametrized
 from .._internal import compat
 from ..fused_neuron import Accelerated, note_for_graphs, restore
 from ..neuron import ALIFNode
-from ..ops import backends
 from ..ops.step.read import Reading
 from ..ops.step.readings import read_neuron
 from .modules import (
@@ -34,7 +33,7 @@ from .neurons import (
     need_neurons,
 )
 from .report import Row, State
-from .summary import Acceleration, measure, norms_of, report_of
+from .summary import Acceleration, find_engine, measure, norms_of, report_of
 
 
 def accelerate(net: nn.Module, example: Any = None) -> Acceleration:
@@ -79,8 +78,8 @@ def accelerate(net: nn.Module, example: Any = None) -> Acceleration:
         plain, fast = copy_net(net), copy_net(net)
         restore(plain)  # of an earlier call
         _exchange_classes(fast)
-        readers, figures = measure(plain, fast, inputs)
-    return Acceleration(*report_of(net, _exchange_classes(net), readers), **figures)
+        found, figures = measure(plain, fast, inputs)
+    return Acceleration(*report_of(net, _exchange_classes(net), found), **figures)
 
 
 def unaccelerate(net: nn.Module) -> None:
@@ -150,10 +149,9 @@ def _read(site: Site) -> dict[int, Reading] | str:
 
     By the number of axes of a step.
     """
-    x = torch.empty(1, 1, dtype=site.dtype, device=site.device)
-    engine = backends.resolve(backends.AUTO, x).engine
-    if engine is None:
-        return f"no fused operator for {x.dtype} on {x.device.type}"
+    engine = find_engine(site.dtype, site.device)
+    if isinstance(engine, str):
+        return engine
     neuron, shapes = as_read(site.node)
     about = neuron.run, engine, site.device
     found = {len(shape): read_neuron(site.node, shape, *about) for shape in shapes}
@@ -163,7 +161,9 @@ def _read(site: Site) -> dict[int, Reading] | str:
 
 def _describe_equality(site: Site, found: dict[int, Reading]) -> str:
     """How equal the outputs of an accelerated neuron are to the plain one's."""
-    if site.dtype.itemsize < 4 or isinstance(site.node, ALIFNode):
+    if isinstance(site.node, ALIFNode):  # whose voltages are float32 in any case
+        return "equal outputs"
+    if site.dtype.itemsize < 4:
         return describe_equality(site)
     is_exact = all(reading.exact for reading in found.values())
     note = f"equal outputs{'' if is_exact else ' to rounding'}"

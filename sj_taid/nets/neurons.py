@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from .._internal import compat
 from ..fused_neuron import Accelerated
+from ..neuron import ALIFNode
 from ..ops.bits import LARGEST_COUNT
 from ..ops.step.record import Neuron
 from ..ops.surrogate import is_integer, levels_of
@@ -93,7 +94,8 @@ def find_neurons(net: nn.Module, kinds: Collection[type] = ()) -> list[Site]:
     sites = []
     near = next(filter(Tensor.is_floating_point, net.parameters()), torch.empty(0))
     for module, names in paths.items():
-        near = next(filter(Tensor.is_floating_point, module.parameters(recurse=False)), near)
+        if not isinstance(module, ALIFNode):  # whose own are float32, whatever it reads
+            near = next(filter(Tensor.is_floating_point, module.parameters(recurse=False)), near)
         if isinstance(module, compat.NEURONS) or type(module) in kinds:
             sites.append(Site(module, tuple(names), near.device, near.dtype))
     return sites

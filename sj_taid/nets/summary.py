@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from spikingjelly.activation_based import functional, surrogate
@@ -18,6 +18,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from .._internal import compat, graph
 from .._internal.context import forked
 from ..counts import split_counts
+from ..fused_neuron import Accelerated
+from ..ops import backends
 from .modules import AcceleratedNorm, why_not_fused
 from .neurons import find_neurons
 from .report import Row, table_of
@@ -75,12 +77,13 @@ class Acceleration:
 
 
 def report_of(
-    net: nn.Module, neurons: dict[str, Row], readers: dict[str, dict[str, bool]] | None
+    net: nn.Module, neurons: dict[str, Row], found: Found | None
 ) -> tuple[tuple[Row, ...], str]:
-    """The rows of a report, and its first line.
-
-    ``readers``: what has read each norm's output, if a step was run, and whether as one operation.
-    """
+    """The rows of a report, and its first line; ``found`` is there if a step was run."""
+    readers = None if found is None else found.readers
+    for path, why in found.unfused.items() if found else ():
+        if neurons[path].state == "fused":
+            neurons[path] = neurons[path]._replace(done="", note=why, state="left alone")
     norms = {path: _norm_row(path, norm, readers) for path, norm in norms_of(net)}
     rows, fused = neurons | norms, sum(row.state == "fused" for row in neurons.values())
     head = f"{fused} of {len(neurons)} neurons on the fused operator, "
@@ -115,15 +118,17 @@ def _norm_row(path: str, norm: nn.Module, all_readers: dict[str, dict[str, bool]
     if all_readers is None:
         note = "fused into a neuron that reads it; example= says where"
         return Row(path, kind, "ready", note, "ready")
-    readers = all_readers.get(path, {})
+    if (readers := all_readers.get(path)) is None:
+        return Row(path, kind, "", "not run", "left alone")
     fused = ", ".join(f"fused into {reader}" for reader, is_fused in readers.items() if is_fused)
     others = ", ".join(r for r, is_fused in readers.items() if not is_fused and r != _ROUNDED)
     apart = f"{APART}{'' if others == NO_GRADIENT else 'read by '}{others}" if others else ""
     if fused:
         note = f"{_ROUNDED}{apart and f'; also {apart}'}"
         return Row(path, kind, fused, note, "fused")
+    apart = apart or f"{APART}read by no neuron fused"
     note = "; ".join(filter(None, (_ROUNDED if _ROUNDED in readers else "", apart)))
-    return Row(path, kind, "", note or "not run", "left alone")
+    return Row(path, kind, "", note, "left alone")
 
 
 def _merge(rows: Iterable[Row]) -> list[Row]:
@@ -142,40 +147,57 @@ def _merge(rows: Iterable[Row]) -> list[Row]:
 
 
 @compat.quiet_triton()
-def measure(plain: nn.Module, fast: nn.Module, inputs: Any) -> tuple[Any, dict[str, Any]]:
-    """Run training steps of two copies of a net: :func:`find_readers`, and a report's figures.
+def measure(plain: nn.Module, fast: nn.Module, inputs: Any) -> tuple[Found, dict[str, Any]]:
+    """Run training steps of two copies of a net: what one shows, and a report's figures.
 
     Bytes and time are those of a later step, with all kernels and plans made.
     """
     inputs = tree_map_only(Tensor, lambda t: t.detach().requires_grad_(t.requires_grad), inputs)
     with forked(plain.parameters()):
-        readers, counting = find_readers(fast, inputs), _find_counting(plain, inputs)
+        found, counting = watch_step(fast, inputs), _find_counting(plain, inputs)
         turns = [[run_step(net, inputs)[1] for net in (plain, fast)] for _ in range(_STEPS)]
         saved_bytes = tuple(run_step(net, inputs, True)[0] for net in (plain, fast))
     step_ms = tuple(map(min, zip(*turns[_WARM:], strict=True)))
     on_gpu = any(tensor.is_cuda for tensor in _tensors_of(plain, inputs))
     figures = {"saved_bytes": saved_bytes, "step_ms": step_ms, "on_gpu": on_gpu}
-    return readers, figures | {"counting": counting}
+    return found, figures | {"counting": counting}
 
 
-def find_readers(net: nn.Module, inputs: Any) -> dict[str, dict[str, bool]]:
-    """Run a step: what reads each accelerated norm's output, and whether as one operation.
+class Found(NamedTuple):
+    """What a step of an accelerated net shows."""
 
-    ``_ROUNDED`` is among them where the norm is not torch's own.
-    """
-    norms: Any = {p: m for p, m in net.named_modules() if isinstance(m, AcceleratedNorm)}
-    seen: list[tuple[str, Any]] = []
+    #: by the path of each norm that ran: what has read its output, and whether as one operation
+    readers: dict[str, dict[str, bool]]
+    unfused: dict[str, str]  #: the path of a neuron -> why no fused operator has run it
 
-    def note(path: str, norm: nn.Module, args: Any, y: Any) -> None:
-        seen.append((path, getattr(y, "_source", None)))
 
-    _run_watched(net, inputs, norms, note)
-    found: dict[str, dict[str, bool]] = {path: {} for path in norms}
-    for path, source in seen:
-        found[path] |= {NO_GRADIENT: False} if source is None else source.readers
-        if source is not None and source.is_own:
-            found[path][_ROUNDED] = False
-    return found
+def watch_step(net: nn.Module, inputs: Any) -> Found:
+    """Run a step of an accelerated net, and look at its norms and neurons."""
+    changed: Any = {p: m for p, m in net.named_modules() if isinstance(m, Accelerated)}
+    sources: list[tuple[str, Any]] = []
+    read: dict[str, tuple[torch.dtype, torch.device]] = {}
+
+    def note(path: str, module: nn.Module, args: Any, y: Any) -> None:
+        if isinstance(module, AcceleratedNorm):
+            sources.append((path, getattr(y, "_source", None)))
+        elif isinstance(args[0], Tensor):
+            read[path] = args[0].dtype, args[0].device
+
+    _run_watched(net, inputs, changed, note)
+    readers: dict[str, dict[str, bool]] = {}
+    for path, source in sources:
+        now = {NO_GRADIENT: False} if source is None else source.readers
+        if source is not None and source.is_own:  # the norm is not torch's own
+            now = now | {_ROUNDED: False}
+        readers[path] = readers.get(path, {}) | now
+    engines = {path: find_engine(*about) for path, about in read.items()}
+    return Found(readers, {path: why for path, why in engines.items() if isinstance(why, str)})
+
+
+def find_engine(dtype: torch.dtype, device: torch.device) -> Any:
+    """The engine that runs inputs of this kind, or why there is none."""
+    engine = backends.resolve(backends.AUTO, torch.empty(1, 1, dtype=dtype, device=device)).engine
+    return f"no fused operator for {dtype} on {device.type}" if engine is None else engine
 
 
 def _run_watched(net: nn.Module, inputs: Any, modules: dict[str, nn.Module], note: Any) -> None:

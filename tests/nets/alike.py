@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 import sj_taid
 from sj_taid._internal.compat import FUNCTIONAL_STATES
-from sj_taid.nets.summary import find_readers
+from sj_taid.nets.summary import watch_step
 
 NUDGE = 4e-6
 #: 0.0.0.0.14's neurons give no gradient in evaluation
@@ -76,7 +76,7 @@ def weighed(y):
 
 def count_fused(net, x):
     """How many norms of an accelerated net neurons read as one operation, in a step."""
-    return sum(any(read.values()) for read in find_readers(net, x).values())
+    return sum(any(read.values()) for read in watch_step(net, x).readers.values())
 
 
 def spikes(net, x, nudge=0.0, passes=None, **options):

@@ -1,5 +1,6 @@
 """The report of ``accelerate``: which norms it names, and what counts as saved for backward."""
 
+import copy
 import time
 import warnings
 from dataclasses import replace
@@ -9,9 +10,10 @@ import torch
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
 
-from sj_taid import accelerate, swap_neurons
+from sj_taid import ALIFNode, accelerate, swap_neurons
 from sj_taid._internal.compat import FUNCTIONAL_STATES
 from sj_taid.nets.summary import Acceleration, run_step
+from sj_taid.ops.step.plan import Plans
 from tests.nets.test_accelerate import images, make_net
 
 
@@ -89,6 +91,51 @@ def test_a_norm_of_inputs_without_gradient_is_said_to_be_apart():
     report = accelerate(net, torch.rand(4, 5, 6, 7))
     assert report.rows[0].note == "computed apart: its input requires no gradient"
     assert "0 of 1 norms fused" in str(report)
+
+
+class As(nn.Module):
+    """Runs a net on its input in another dtype, or under autocast."""
+
+    def __init__(self, net, dtype, autocast):
+        super().__init__()
+        self.net, self.dtype, self.autocast = net, dtype, autocast
+
+    def forward(self, x):
+        with torch.autocast("cpu", self.dtype, self.autocast):
+            return self.net(x if self.autocast else x.to(self.dtype))
+
+
+@pytest.mark.filterwarnings("ignore:backend 'numba' cannot take this call")
+@pytest.mark.parametrize("node", [ALIFNode, neuron.LIFNode, neuron.ParametricLIFNode])
+@pytest.mark.parametrize(
+    ("dtype", "autocast"),
+    [
+        *((torch.float32, False), (torch.float16, False), (torch.bfloat16, False)),
+        *((torch.float64, False), (torch.float16, True), (torch.bfloat16, True)),
+    ],
+)
+def test_a_neuron_is_said_to_be_fused_where_a_plan_runs_it(node, dtype, autocast):
+    net = nn.Sequential(layer.Conv2d(2, 4, 3), layer.BatchNorm2d(4), node())
+    functional.set_step_mode(net, "m")
+    net = As(net if autocast else net.to(dtype), dtype, autocast)
+    blind, report = accelerate(copy.deepcopy(net)), accelerate(net, images())
+    net(images())
+    calls = Plans.of(net.net[2]).values()
+    fused = dtype in (torch.float32, torch.bfloat16)
+    assert fused == any(call.plan for call in calls) == report.rows[1].done.startswith("fused ")
+    note = f"no fused operator for {dtype} on cpu"
+    assert report.rows[1].note == note or fused
+    assert (fused or autocast) != blind.rows[1].note.startswith(note)
+    assert "not run" not in str(report)
+    one = f"{int(fused)} of 1"
+    assert str(report).startswith(f"{one} neurons on the fused operator, {one} norms fused")
+
+
+def test_a_norm_that_does_not_run_is_said_not_to():
+    net = As(make_net(), torch.float32, False)
+    net.unused = layer.BatchNorm2d(4)
+    report = accelerate(net, images())
+    assert {row.layer: row.note for row in report.rows}["unused"] == "not run"
 
 
 class Count(nn.Module):
