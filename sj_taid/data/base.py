@@ -123,6 +123,7 @@ class Data(L.LightningDataModule):
                 f"the {part} of {self.name} has the label {min(wrong)}; those of "
                 f"dataset.classes={self.classes} are 0 to {self.classes - 1}, and null is for none"
             )
+        samples.check()
         if part == "train_set" or samples.read is None:
             return samples
         # In the order of their folders, the first batches and pictures would be of one class.

@@ -22,17 +22,27 @@ UNLABELLED = -1
 SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"}
 
 
+def look_at(path: str, crop: int | None = None) -> None:
+    """Read the head of an image's file, and refuse what :func:`read_image` refuses by it."""
+    with Image.open(path) as image:
+        _check(image, crop)
+
+
+def _check(image: Image.Image, crop: int | None) -> None:
+    if image.mode[0] in "IF":  # convert would cut at 255, not scale
+        raise ValueError("it has more than 8 bits per pixel and channel; convert it to 8")
+    if crop is not None and crop > min(image.size):  # center_crop would add a black border
+        raise ValueError(f"it has {image.size} pixels, fewer than {crop}")
+
+
 def read_image(path: str, channels: int, size: int, crop: int | None = None) -> Tensor:
     """Read an image, of which the middle ``crop`` pixels, or the largest square, are resized."""
     with Image.open(path) as opened:
         image: Image.Image = opened
         ImageOps.exif_transpose(image, in_place=True)
-        if image.mode[0] in "IF":  # convert would cut at 255, not scale
-            raise ValueError("it has more than 8 bits per pixel and channel; convert it to 8")
+        _check(image, crop)
         image = image.convert("L" if channels == 1 else "RGB")
         if crop is not None:
-            if crop > min(image.size):  # center_crop would add a black border
-                raise ValueError(f"it has {image.size} pixels, fewer than {crop}")
             image = functional.center_crop(image, [crop])
         image = functional.center_crop(functional.resize(image, [size]), [size])
         return functional.pil_to_tensor(image)
@@ -60,7 +70,8 @@ class ImageFolder(ImageData):
         ValueError: other classes in ``test_root`` than in ``root``, images next to the folders of
             classes, a class of one image without ``test_root``, or an image that is in two classes,
             or in both roots.
-        OSError: an image that cannot be read, when it is asked for.
+        OSError: images that cannot be read, all by name if their heads say so, else when one is
+            asked for.
     """
 
     root: Path
@@ -130,7 +141,8 @@ class ImageFolder(ImageData):
             found |= images
             labels += [label] * len(images)
         read = partial(read_image, channels=self.channels, size=self.image_size)
-        return Samples([*found.values()], labels, read, f"replace it, or move it out of {root}")
+        remedy = f"replace it, or move it out of {root}"
+        return Samples([*found.values()], labels, read, remedy, look_at)
 
 
 def _is_image(name: str) -> bool:
@@ -190,4 +202,5 @@ class CelebA(Torchvision):
         paths = [str(images / name) for name in names]
         remedy = f"replace it, or move {images} away and run again with dataset.download=true"
         read = partial(read_image, channels=self.channels, size=self.image_size, crop=148)
-        return Samples(paths, [UNLABELLED] * len(paths), read, remedy)
+        look = partial(look_at, crop=148)
+        return Samples(paths, [UNLABELLED] * len(paths), read, remedy, look)

@@ -56,8 +56,8 @@ def test_image_folder_with_a_folder_per_class(tmp_path):
 
 @pytest.mark.parametrize(("n", "size"), [(3, 2), (200, 9), (5000, 100)])
 def test_image_folder_fits_batches_to_images_and_workers_to_cores(tmp_path, monkeypatch, n, size):
-    (tmp_path / "a.png").touch()
-    paths = {str(i): str(tmp_path / "a.png") for i in range(n)}
+    write_images(tmp_path, 1)
+    paths = {str(i): str(tmp_path / "00.png") for i in range(n)}
     monkeypatch.setattr("sj_taid.data.folder._images", lambda *_: paths)
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     cats = ready(data.ImageFolder, root=tmp_path, classes=None, batch_size=None, num_workers=None)
@@ -193,16 +193,40 @@ def test_image_folder_refuses_images_next_to_classes(tmp_path, test_root):
         folder(**roots)
 
 
-@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
-def test_image_folder_names_a_damaged_image(tmp_path, dtype):
-    write_images(tmp_path, 1)
-    cut(tmp_path / "00.png")
-    Image.fromarray(np.zeros((9, 9), dtype)).save(tmp_path / "01.tif")
+def test_image_folder_names_a_damaged_image(tmp_path):
+    write_images(tmp_path, 2)
+    Image.effect_noise((64, 64), 50).save(tmp_path / "00.png")
+    cut(tmp_path / "00.png")  # whose head is whole
     module = folder(tmp_path, test_share=0.5)
-    loaders = {r"00\.png": module.train_dataloader(), r"01\.tif": module.test_dataloader()}
-    for name, loader in loaders.items():
-        with pytest.raises(OSError, match=rf"{name} cannot be read \(.*\); replace it, or"):
-            first(loader)
+    with pytest.raises(OSError, match=r"00\.png cannot be read \(.*\); replace it, or"):
+        first(module.train_dataloader())
+
+
+DAMAGES = {
+    "empty": lambda path: path.write_bytes(b""),
+    "text": lambda path: path.write_text("no image"),
+    "link": lambda path: (path.unlink(), path.symlink_to(f"{path}.gone")),
+    **{
+        str(dtype): lambda path, dtype=dtype: Image.fromarray(np.zeros((9, 9), dtype)).save(
+            path, "tiff"
+        )
+        for dtype in ("uint16", "int32", "float32")
+    },
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
+@pytest.mark.parametrize("wrong", [[3], [0, 3], range(4, 16)])
+def test_image_folder_names_all_files_that_are_no_images_before_a_training(tmp_path, damage, wrong):
+    write_images(tmp_path, 20)
+    for n in wrong:
+        damage(tmp_path / f"{n:02}.png")
+    with pytest.raises(OSError, match=f"{len(wrong)} of 18 files cannot be read: ") as caught:
+        folder(tmp_path, limit=18)
+    assert "of each: replace it, or move" in str(caught.value)
+    text, named = str(caught.value).partition(" (")[0], [*wrong][:10]
+    assert all(f"{n:02}.png" in text for n in named)
+    assert ("2 more" in text) == (len(wrong) > 10) and text.count(".png") == len(named)
 
 
 @pytest.fixture
@@ -232,10 +256,13 @@ def test_celeba(celeba):
 def test_celeba_refuses_damaged_and_missing_files(celeba):
     images = celeba / "celeba" / "img_align_celeba"
     module = ready(data.CelebA, celeba, channels=3, classes=None)
-    for damage in (cut, Path.unlink):
-        damage(images / "000006.jpg")
-        with pytest.raises(OSError, match=r"06\.jpg cannot be read .*; replace it, or move"):
-            first(module.test_dataloader())
+    cut(images / "000006.jpg")
+    with pytest.raises(OSError, match=r"06\.jpg cannot be read .*; replace it, or move"):
+        first(module.test_dataloader())
+    Image.new("RGB", (100, 218)).save(images / "000006.jpg")
+    (images / "000007.jpg").unlink()
+    with pytest.raises(OSError, match=r"2 of 3 files .*06\.jpg, .*07\.jpg \(ValueError.* than 148"):
+        ready(data.CelebA, celeba, channels=3, classes=None)
     cut(celeba / "celeba" / "list_eval_partition.txt", 0.55)
     with pytest.raises(OSError, match=r"CelebA in .* is missing or damaged \(ValueError"):
         ready(data.CelebA, celeba, classes=None)
