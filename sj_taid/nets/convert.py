@@ -44,15 +44,19 @@ class Report:
     Attributes:
         rows: a :class:`Row` for each neuron.
         remark: what else there is to say of the net, or "".
+        new_parameters: how many learned parameters an optimizer made before does not have.
     """
 
     rows: tuple[Row, ...]
     remark: str = ""
+    new_parameters: int = 0
 
     def __str__(self) -> str:
         swapped = sum(row.state == "swapped" for row in self.rows)
         head = f"{swapped} swapped, {len(self.rows) - swapped} left alone"
-        return "\n".join(filter(None, (head, table_of(self.rows), self.remark)))
+        new = f"{self.new_parameters} learned parameters are new: make the optimizer after the swap"
+        after = new if self.new_parameters else ""
+        return "\n".join(filter(None, (head, table_of(self.rows), after, self.remark)))
 
     __repr__ = __str__
 
@@ -76,7 +80,8 @@ def swap_neurons(
     r"""Replace the LIF, PLIF, IF and integer LIF nodes of ``net`` by ALIF, in place.
 
     Each neuron keeps its options, voltage and hooks, and PLIF its parameter ``w``, unless it is in
-    half precision. Make the optimiser after: thresholds are new parameters. The outputs are bit for
+    half precision. Make the optimizer after: one made before does not move the parameters that are
+    new, the thresholds and, but for PLIF, the time constants. The outputs are bit for
     bit equal for PLIF (without ``decay_input`` on 2.x only), for IF, for LIF with a tau of 2, 4, 8
     or 16, and for integer LIF with one of these or 4/3, its default; else equal to rounding, as LIF
     divides by tau and ALIF multiplies by :math:`\mathrm{sigmoid}(w)`. IF has no leak: its ``w`` is
@@ -115,6 +120,7 @@ def swap_neurons(
     1 swapped, 0 left alone
     layer  kind     done      note
     1      LIFNode  ALIFNode  equal outputs, v_threshold >= 0.01
+    2 learned parameters are new: make the optimizer after the swap
     """
     replace = replace or {}
     if example is not None and not replace:
@@ -145,14 +151,15 @@ def swap_neurons(
         site.row(done[site], notes[site], "swapped") if site in done else site.row("", notes[site])
         for site in sites
     )
-    report = Report(rows, describe_single_steps(sites))
+    before = set(net.parameters())
     compat.forget_reset_cache()
     for site, new in new_of.items():  # after the last error
         if isinstance(site.node, neuron.ParametricLIFNode) and type(site.node) not in replace:
             new.w.requires_grad_(learn_tau and site.node.w.requires_grad)  # the two share w
         _become(site.node, new)
     name_neurons(net)
-    return report
+    new_parameters = sum(p.requires_grad and p not in before for p in net.parameters())
+    return Report(rows, describe_single_steps(sites), new_parameters)
 
 
 def _successor(site: Site, function: Any, others: Collection[Any]) -> tuple[Any, str]:

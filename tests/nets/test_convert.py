@@ -82,6 +82,21 @@ def test_swap_any_tau_gives_equal_spikes_and_close_voltages(tau, decay_input, v_
         assert net[0].w.sigmoid().item() == 0.75
 
 
+@pytest.mark.parametrize("options", [{}, {"learn_tau": False}, {"learn_threshold": False}], ids=str)
+@pytest.mark.parametrize(
+    "make", [neuron.LIFNode, neuron.ParametricLIFNode, neuron.IFNode, ALIFNode], ids=str
+)
+def test_swap_says_how_many_parameters_an_optimizer_made_before_lacks(make, options):
+    net = nn.Sequential(nn.Linear(3, 3), make(), nn.Linear(3, 3), make())
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    report = swap_neurons(net, **options)
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    lacks = sum(p.requires_grad and id(p) not in held for p in net.parameters())
+    assert report.new_parameters == lacks
+    line = f"{lacks} learned parameters are new: make the optimizer after the swap"
+    assert (line in str(report)) == (lacks > 0) and "are new" not in str(swap_neurons(net))
+
+
 def test_swap_and_to_lif_keep_options_hooks_and_optimisers():
     options = {
         "decay_input": False,
