@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
@@ -101,7 +102,8 @@ def calibrate(net: nn.Module, x_seq: Any, *, rate: float = 0.2) -> CalibrationRe
     :func:`~sj_taid.swap_neurons`, which bounds it by the threshold of that moment.
 
     Works on every neuron of SpikingJelly's ``BaseNode`` or ``SimpleBaseNode`` in step mode ``"m"``,
-    with the net in the mode it is in; others, such as ``PSN``, it does not see. Only thresholds
+    with the net in the mode it is in, and warns of batch norms in eval mode that have never
+    trained; others, such as ``PSN``, it does not see. Only thresholds
     change, and the net is reset. Thresholds of SpikingJelly's own neurons are plain numbers, which
     ``state_dict`` leaves out: save the report's ``fixed_thresholds`` with it.
 
@@ -140,6 +142,12 @@ def calibrate(net: nn.Module, x_seq: Any, *, rate: float = 0.2) -> CalibrationRe
             raise ValueError(f"x_seq has no values: its shape is {list(x_seq.shape)}")
         if wrong := x_seq.isnan().sum():
             raise ValueError(f"{wrong} of {x_seq.numel()} values in x_seq are NaN")
+    if new := [path for path, module in net.named_modules() if _is_new(module)]:
+        warnings.warn(
+            f"{len(new)} batch norms, such as {new[0]!r}, are in eval mode and have never trained, "
+            "so these thresholds are not those for training: call net.train() before calibrate",
+            stacklevel=4,
+        )
     calls: Counter[nn.Module] = Counter()
     notes: dict[nn.Module, str] = {}
 
@@ -169,6 +177,12 @@ def calibrate(net: nn.Module, x_seq: Any, *, rate: float = 0.2) -> CalibrationRe
             notes[node] = notes[node] or "its voltage is not finite"
     rows = [Calibrated(path, before[path], after[path], notes[n]) for n, path in paths.items()]
     return CalibrationReport(tuple(rows), fixed_thresholds(net))
+
+
+def _is_new(module: nn.Module) -> bool:
+    """Whether it is a batch norm in eval mode whose running statistics are those of its start."""
+    batches = getattr(module, "num_batches_tracked", None)
+    return not module.training and isinstance(batches, Tensor) and not batches
 
 
 def _run(net: Any, x_seq: Any, nodes: Iterable[nn.Module], hook: Callable[..., Any]) -> None:

@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+import warnings
 from functools import partial
 
 import numpy as np
@@ -53,6 +54,32 @@ def test_calibrate_gives_a_mean_count_of_the_rate_times_what_a_step_gives(levels
         net(x_seq)
     for state in (watch.layers()["1"], watch.layers()["3"]):
         assert state.firing_rate == pytest.approx(0.1 * levels, rel=0.05)
+
+
+NEW = "batch norms, such as '1', are in eval mode and have never trained"
+
+
+@pytest.mark.parametrize(
+    ("trained", "frozen", "warned"),
+    [(False, True, True), (False, False, False), (True, True, False)],
+)
+@pytest.mark.parametrize("fused", [False, True])
+def test_calibrate_warns_of_running_statistics_that_are_those_of_the_start(
+    trained, frozen, warned, fused
+):
+    net = nn.Sequential(layer.Conv2d(2, 6, 3), layer.BatchNorm2d(6), LIF())
+    functional.set_step_mode(net, "m")
+    if fused:
+        sj_taid.accelerate(net)
+    if trained:
+        net(torch.rand(3, 2, 2, 8, 8))
+        functional.reset_net(net)
+    net.train(not frozen)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        calibrate(net, torch.rand(3, 2, 2, 8, 8))
+    found = [str(w.message) for w in caught if NEW in str(w.message)]
+    assert bool(found) == warned and all("call net.train()" in text for text in found)
 
 
 def small_net(make, **options):
