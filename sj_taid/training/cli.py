@@ -169,6 +169,10 @@ def explain(text: str, command: str) -> str:
             return f"{' '.join(groups)} leaves a group out, =null does not"
         for key in filter(options_of, keys):
             return f"{key}=null is no choice; {key} has {', '.join(options_of(key))}"
+    for key, first, last in re.findall(r"(?m)^([\w.]+)=(\d+)\.\.(\d+)$", "\n".join(words)):
+        if text.startswith(f"{key}:"):
+            sweep = f"'{key}=range({first},{int(last) + 1})'"
+            return f"{key}={first}..{last} is no list of values; write: -m {sweep}"
     found = re.match(r"(?:Interpolation key|Key) '(\w+)", text)
     if found and f"~{found[1]}" in words and (names := ", ".join(options_of(found[1]))):
         return f"~{found[1]} leaves out what the others need; {found[1]} has {names}"

@@ -149,11 +149,11 @@ class Evaluator:
                 metrics |= self._compare(data, Inception(self.inception_weights), both)
             count = min(self.samples, len(data.test_set))
             if count < self.needed and data.test_name != "validation":
+                less = ", or take metric=small, which needs 17" if self.needed > 17 else ""
                 log.warning(
                     "FAD needs %d samples and as many test images, but there are %d and %d, so it "
-                    "is left out; raise metric.samples or dataset.test_share, or take "
-                    "metric=small, which needs 17",
-                    *(self.needed, self.samples, len(data.test_set)),
+                    "is left out; raise metric.samples or dataset.test_share%s",
+                    *(self.needed, self.samples, len(data.test_set), less),
                 )
             else:
                 kinds: dict[str, type[Any]] = {"fad": FrechetDistance}

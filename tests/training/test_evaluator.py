@@ -111,6 +111,14 @@ def test_fad_of_too_few_images_is_a_warning_and_no_number(evaluator, caplog, sam
     assert (f"FAD needs 4 samples and as many test images, but {counts}" in caplog.text) != there
 
 
+@pytest.mark.parametrize(("latents", "smaller"), [(17, True), (16, False), (3, False)])
+def test_a_smaller_metric_is_named_only_where_it_needs_less(evaluator, caplog, latents, smaller):
+    evaluator.samples, evaluator.autoencoder["latent_channels"] = 2, latents
+    evaluator.prepare(digits())
+    assert f"FAD needs {latents + 1} samples" in caplog.text
+    assert ("metric=small" in caplog.text) == smaller
+
+
 @pytest.mark.parametrize(("spread", "alike"), [(0.0, True), (1e-3, True), (0.1, False)])
 def test_samples_that_are_all_alike_are_told_and_have_no_precision(
     evaluator, caplog, spread, alike
