@@ -20,7 +20,7 @@ from ..model.spiking_vae import SpikingVAE
 from .callbacks import show_progress
 from .evaluator import Evaluator
 from .loss import FeatureLoss
-from .plot import draw_attention, draw_classes, draw_grid, draw_reconstructions
+from .plot import draw_attention, draw_classes, draw_grid, draw_pairs
 from .task import Task
 
 log = logging.getLogger(__name__)
@@ -179,7 +179,8 @@ class Generation(Task):
             draw_classes(model, labels, folder / "samples.png", 16, names)
         else:
             draw_grid(model.sample(64), folder / "samples.png", 16)
-        draw_reconstructions(images, model(images).image, folder / "reconstructions.png")
+        pairs, names = (images, model(images).image), ("test image", "through the model")
+        draw_pairs(*pairs, folder / "reconstructions.png", 16, names)
         if isinstance(model, SpikingVAE) and isinstance(model.image_decoder, TAID | FixedDecoder):
             sequence = model.decode_sequence(model.latent_spikes(images))
             draw_attention(model.image_decoder.attention(sequence), folder / "attention.png")

@@ -21,6 +21,15 @@ from .files import atomic_write
 
 #: of figures
 DPI = 130
+#: what the curves of these names are
+MEANINGS = {
+    "reconstruction": "mean squared error of images",
+    "latent": "distance of latents from the prior's",
+    "gradient": "weighted error of edges",
+    "chroma": "weighted error of colour",
+    "features": "weighted error of features",
+    "accuracy": "share of correct classes",
+}
 
 
 def draw_grid(images: Tensor, path: Path, columns: int, names: Sequence[str] = ()) -> None:
@@ -56,12 +65,15 @@ def draw_classes(
     draw_grid(model.sample(len(each), label=each), path, columns, titles)
 
 
-def draw_reconstructions(images: Tensor, reconstructions: Tensor, path: Path) -> None:
-    """Draw rows of test images, each above its reconstructions."""
-    columns = min(16, len(images))
-    whole = len(images) // columns * columns
-    pairs = [part[:whole].split(columns) for part in (images, reconstructions)]
-    draw_grid(torch.cat([row for pair in zip(*pairs, strict=True) for row in pair]), path, columns)
+def draw_pairs(
+    images: Tensor, others: Tensor, path: Path, columns: int, names: tuple[str, str]
+) -> None:
+    """Draw rows of images, each above a row of the others; ``names`` say what the two are."""
+    columns = min(columns, len(images))
+    blank = images.new_ones(-len(images) % columns, *images.shape[1:])  # white
+    first, second = (torch.cat([part, blank]).split(columns) for part in (images, others))
+    rows = [row for pair in zip(first, second, strict=True) for row in pair]
+    draw_grid(torch.cat(rows), path, columns, names * len(first))
 
 
 def draw_parameters(history: list[dict[str, float]], path: Path) -> None:
@@ -121,7 +133,7 @@ def draw_curves(epochs: list[dict[str, float]], path: Path, validated_on: str) -
             if f"{stage}/{name}" in table:
                 curve = table[f"{stage}/{name}"].dropna()
                 axis.plot(curve, marker="o", markersize=3, label=label)
-        _label(axis, "epoch", name)
+        _label(axis, "epoch", ": ".join(filter(None, (name, MEANINGS.get(name)))))
         axis.legend(fontsize=8)
     save(figure, path)
 

@@ -87,7 +87,7 @@ ERRORS = {
     "evaluate checkpoint=nowhere": "no checkpoint of a run at .*nowhere",
     "sample": "^checkpoint= is missing: give the folder of a run",
     "train seed=${nope}": "'nope' not found(?s:.*)full_key: seed",
-    "sample checkpoint=file +lable=3": "no lable; there are checkpoint, columns, label,",
+    "sample checkpoint=file +lable=3": "no lable; there are checkpoint, columns, .*label,",
     "sample checkpoint=nowhere output=run.json": "output must name a picture",
     "sample checkpoint=nowhere seed=-1": "^seed: input should be greater than or equal to 0",
     "compare . nowhere": "^no folder nowhere$",

@@ -5,7 +5,8 @@ import torch
 from matplotlib.figure import Figure
 from torchvision.io import decode_image
 
-from sj_taid.training.plot import _label, draw_classes, draw_confusion
+from sj_taid.training import plot
+from sj_taid.training.plot import _label, draw_classes, draw_confusion, draw_curves, draw_pairs
 
 
 @pytest.mark.parametrize("names", [[], ["a gesture of both hands" * 4] * 2], ids=len)
@@ -38,3 +39,30 @@ def test_draw_classes_has_a_named_row_for_each(tmp_path):
     columns, rows = picture[:, -150].unique_consecutive(), picture.eq(255).all(1)
     assert [shade for shade in columns.tolist() if shade < 255] == [127, 191]
     assert not rows.all() and picture[:, :20].lt(100).any()  # words at the left
+
+
+@pytest.mark.parametrize("n", [1, 4, 5])
+def test_draw_pairs_has_each_image_above_its_own_and_says_what_they_are(tmp_path, monkeypatch, n):
+    images, drawn = torch.arange(n).div(8)[:, None, None, None].expand(n, 1, 8, 8), []
+    draw_pairs(images, -images, tmp_path / "a.png", 4, ("test image", "through the model"))
+    picture = decode_image(tmp_path / "a.png")[0]
+    assert picture[:, :20].lt(100).any()  # words at the left
+    monkeypatch.setattr(plot, "draw_grid", lambda *how: drawn.append(how))
+    draw_pairs(images, -images, tmp_path / "a.png", 4, ("a", "b"))
+    ((grid, _, columns, names),) = drawn
+    rows = grid[:, 0, 0, 0].split(columns)
+    assert [*names] == ["a", "b"] * (len(rows) // 2)
+    flat = torch.cat(rows[::2]), torch.cat(rows[1::2])
+    assert torch.equal(flat[0][:n], images[:, 0, 0, 0]) and torch.equal(flat[1][:n], -flat[0][:n])
+    assert all(part[n:].eq(1).all() for part in flat)  # white
+
+
+def test_draw_curves_says_what_each_metric_is(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plot, "save", lambda figure, path: figures.append(figure))
+    names = "reconstruction", "latent", "gradient", "chroma", "features", "accuracy", "loss", "own"
+    draw_curves([{f"train/{name}": 1.0 for name in names}] * 2, tmp_path / "a.png", "test set")
+    labels = [axis.get_ylabel() for axis in figures[0].axes]
+    assert labels[-2:] == ["loss", "own"]  # nothing more is known of these
+    for name, label in zip(names[:-2], labels, strict=False):
+        assert label.startswith(f"{name}: ") and len(label) > len(name) + 10

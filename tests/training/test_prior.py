@@ -13,6 +13,7 @@ from sj_taid.model import ESVAE, FSVAE, flow
 from sj_taid.training import plot, sample
 from sj_taid.training.config import compose
 from sj_taid.training.generation import ENOUGH_OF_A_CLASS, Generation
+from sj_taid.training.parts import build_parts
 from sj_taid.training.run import Run, load_model
 from tests.training.conftest import TINY_ESVAE, fit, stopped_in
 
@@ -90,6 +91,38 @@ def test_sample_of_classes(folder, monkeypatch):
     for label in ("all", "[]", "3"):
         with pytest.raises(ValueError, match=r"label must be one of \[\]"):
             main(f"label={label}", "sample_from=learned")
+
+
+def test_sample_neighbours(folder, monkeypatch):
+    """Below each sample is the training image that a plain search finds, mirrored or not."""
+    drawn = []
+    monkeypatch.setattr(sample, "draw_pairs", lambda *how: drawn.append(how))
+    monkeypatch.setattr(sample, "draw_grid", lambda *how: drawn.append(how))
+    for choices in ([], ["neighbours=true"], ["neighbours=true", "label=3"]):
+        sample.main(compose("sample", [f"checkpoint={folder}", "columns=5", "n=7", *choices]))
+    (plain, *_), (samples, nearest, path, columns, _), (*_, of_label, _, _) = drawn
+    assert torch.equal(samples, plain) and columns == 5
+    assert [path.name, of_label.name] == [
+        "samples-neighbours-seed0.png",
+        "samples-label3-neighbours-seed0.png",
+    ]
+    data = build_parts(Run(folder).config).load_data()
+    images = torch.cat([image for image, _ in data.loader(data.train_set)])
+    for one, found in zip(samples, nearest, strict=True):
+        errors = (images - one).square().mean((1, 2, 3))
+        torch.testing.assert_close((found - one).square().mean(), errors.min())
+        assert (images == found).flatten(1).all(1).any()
+    # Of a training image it is the image itself, as training may have mirrored it.
+    for mirrored in (False, True):
+        data.augment = "flip" if mirrored else None
+        asked = images[3:6].flip(-1) if mirrored else images[3:6]
+        found, away = sample.find_nearest(asked, data)
+        assert torch.equal(found, asked) and away.eq(0).all()
+    for label in ("all", "[3,5]"):
+        with pytest.raises(ValueError, match=r"neighbours=true is for samples of one label"):
+            sample.main(
+                compose("sample", [f"checkpoint={folder}", f"label={label}", "neighbours=true"])
+            )
 
 
 @pytest.mark.parametrize(
