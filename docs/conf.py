@@ -34,17 +34,29 @@ napoleon_use_ivar = True
 napoleon_use_rtype = False
 
 
+def as_mathml(text, display="block"):
+    """A formula as MathML; one of several lines, as in a docstring, is aligned.
+
+    Raises:
+        ValueError: a sign of LaTeX would be left, for a reader to see.
+    """
+    # As latex2mathml knows them.
+    text = text.strip().replace("aligned}", "align*}").replace(r"\_", "_")
+    if r"\begin" not in text and re.search(r"\\\\|\n\s*\n", text):
+        lines = re.sub(r"\n\s*\n", r" \\\\ ", text)
+        text = rf"\begin{{align*}}{lines}\end{{align*}}"
+    mathml = convert(text, display=display)
+    if left := re.search(r">\s*(&|&amp;|&#x00026;|\\[^<]*)\s*<", mathml):
+        raise ValueError(f"{left[1]} is not translated, of the formula {text}")
+    return re.sub(r'columnalign="(\w+)"', r'style="text-align: \1"', mathml)
+
+
 def setup(app):
     """Write formulas as MathML, which browsers draw without MathJax and thus without internet."""
 
     def render(display):
         def visit(translator, node):
-            # As latex2mathml knows them.
-            text = node.astext().replace("aligned}", "align*}").replace(r"\_", "_")
-            mathml = re.sub(
-                r'columnalign="(\w+)"', r'style="text-align: \1"', convert(text, display=display)
-            )
-            translator.body.append(mathml)
+            translator.body.append(as_mathml(node.astext(), display))
             raise SkipNode
 
         return visit, None

@@ -182,6 +182,34 @@ def test_api_lists_every_public_name(name):
             assert re.search(rf":: {name}\.{public}$", TEXTS["api"], re.M), public
 
 
+def formulas():
+    """Those of docstrings, with how many lines each has."""
+    for path in sorted(ROOT.glob("sj_taid/**/*.py")):
+        for text in re.findall(r"\.\. math::(.*\n(?:\n? {8,}.*\n)*)", read(path)):
+            lines = len(re.split(r"\\\\|\n\n", text.strip()))
+            yield pytest.param(text, lines, id=f"{path.stem}-{lines}")
+
+
+@pytest.mark.parametrize(("text", "lines"), formulas())
+def test_a_formula_of_a_docstring_has_its_lines_and_no_sign_of_latex(text, lines):
+    mathml = load_conf().as_mathml(text)
+    assert mathml.count("<mtr>") == (lines if lines > 1 else 0)
+    assert not re.search(r">(&|&amp;|\\\w+)<", mathml)
+
+
+@pytest.mark.parametrize("text", ["a & b", r"\nosuch a", r"\mathrm{a} \tfracc12"])
+def test_a_formula_that_is_not_translated_stops_the_pages(text):
+    with pytest.raises(ValueError, match="is not translated, of the formula"):
+        load_conf().as_mathml(text)
+
+
+def load_conf():
+    spec = importlib.util.spec_from_file_location("docs_conf", ROOT / "docs" / "conf.py")
+    conf = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(conf)
+    return conf
+
+
 def test_environment_lists_every_variable():
     folders = ("sj_taid/**/*.py", "experiments/**/*.py", "conf/**/*.yaml")
     code = "".join(read(path) for folder in folders for path in ROOT.glob(folder))
