@@ -19,11 +19,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ._internal import compat
+from ._internal.checks import check_sizes
 from ._internal.graph import storage_of
 from .counts import Counts, split_counts
 from .nets.neurons import check_net
 from .nets.report import table
 from .nets.summary import norms_of
+from .ops.surrogate import levels_of
 
 _aten = torch.ops.aten
 _CONVOLUTION = _aten.convolution.default
@@ -35,52 +37,57 @@ _NO_SUM = re.compile("softmax|max_pool")
 _UNKNOWN = re.compile(r"conv(?!ert)|(mm|mv|dot|addr|linear)_?$|attention|rnn|cdist|fft")
 _SINGLE = re.compile(r"(mul|div|addcmul|addcdiv|pow|glu|prod|cumprod)_?$")
 _SUMS = re.compile(r"(sum|mean|cumsum)_?$")
+#: what copies values and makes none
+_COPIES = re.compile(r"clone|_to_copy|cat$|stack$|max_pool")
 #: what a tensor is made of: of nothing, of weights too, of an input too; and an input times weights
 _CONSTANT, _WEIGHT, _ACTIVATION, _WEIGHTED = range(4)
-_HEAD = ("layer", "operation", "reads", "ones", "additions", "macs", "energy_pj")
+_HEAD = ("layer", "operation", "reads", "ones", "additions", "macs", "energy_nj")
 
 
 @dataclass
 class Operation:
-    """What an operation read and cost, over all its calls."""
+    """What an operation read and cost, over all its calls and samples."""
 
     layer: str  #: the path of the module that calls it
     operation: str  #: torch's name of it
     levels: list[float]  #: the largest count of each activation read, infinity of real numbers
+    most: list[int | None]  #: the largest that the neuron gives that made it, if one did
+    number: int = 1  #: of its calls in one of the layer: attention's first product, and its second
     values: int = 0  #: how many zeros and ones its slices have
     ones: int = 0  #: how many of them are ones
     additions: int = 0  #: ones times their fan-out
     macs: int = 0  #: multiply-accumulates, where it reads real numbers alone
 
     @property
-    def energy_pj(self) -> float:
+    def energy_nj(self) -> float:
         """0.9 pJ an addition, 4.6 pJ a multiply-accumulate: Horowitz, ISSCC 2014, for 45 nm."""
-        return 0.9 * self.additions + 4.6 * self.macs
+        return (0.9 * self.additions + 4.6 * self.macs) / 1000
 
     @property
     def is_spiking(self) -> bool:
         """Whether it sums, and reads nothing but spikes and counts."""
         return math.inf not in self.levels and not _NO_SUM.search(self.operation)
 
-    def cells(self) -> tuple[str, ...]:
-        """The row of a table."""
-        names = (f"counts up to {n}" if n > 1 else "spikes" for n in self.levels)
-        reads = " and ".join(dict.fromkeys(names)).replace("counts up to inf", "real numbers")
+    def cells(self, samples: int = 1, is_one: bool = True) -> tuple[str, ...]:
+        """The row of a table, of one sample; ``is_one``: its layer has no other of its name."""
+        names = dict.fromkeys(map(_describe, self.levels, self.most))
         share = f"{self.ones / self.values:.4f}" if self.values else ""
-        costs = (self.additions, self.macs, round(self.energy_pj, 1))
-        return (self.layer, self.operation, reads, share, *map(str, costs))
+        costs = (f"{x / samples:.12g}" for x in (self.additions, self.macs, self.energy_nj))
+        operation = self.operation if is_one else f"{self.operation} {self.number}"
+        return (self.layer, operation, " and ".join(names), share, *costs)
 
 
 @dataclass
 class BinaryReport:
-    """What ran inside :func:`.binary`, of all samples together; ``print`` it for a table."""
+    """What ran inside :func:`.binary`; ``print`` it for a table of the costs of one sample."""
 
+    samples: int = 1  #: how many samples ran, all together
     rows: list[Operation] = field(default_factory=list)  #: in the order of their first calls
 
     @property
-    def energy_pj(self) -> float:
-        """The sum of the rows' energies."""
-        return sum(row.energy_pj for row in self.rows)
+    def energy_nj(self) -> float:
+        """The energy of one sample."""
+        return self._total().energy_nj / self.samples
 
     @property
     def not_spiking(self) -> list[Operation]:
@@ -90,14 +97,16 @@ class BinaryReport:
 
     def _total(self) -> Operation:
         """The sum of the rows."""
-        total = Operation("sum", "", [])
+        total = Operation("sum", "", [], [])
         for row in self.rows:
             for name in ("values", "ones", "additions", "macs"):
                 setattr(total, name, getattr(total, name) + getattr(row, name))
         return total
 
     def _cells(self) -> list[tuple[str, ...]]:
-        return [row.cells() for row in (*self.rows, self._total())]
+        calls = Counter((row.layer, row.operation) for row in self.rows)
+        cells = [row.cells(self.samples, calls[row.layer, row.operation] == 1) for row in self.rows]
+        return [*cells, self._total().cells(self.samples)]
 
     def to_markdown(self) -> str:
         """The table in Markdown."""
@@ -117,11 +126,20 @@ class BinaryReport:
         listed = table(_HEAD, self._cells())
         others = ", ".join(f"{row.layer} ({row.operation})" for row in self.not_spiking)
         driven = f"not spike-driven: {others}" if others else "spike-driven but for the first input"
-        return f"{listed}\nsum: {self.energy_pj / 1e6:.4g} µJ, {driven}"
+        of = f"one sample of {self.samples}" if self.samples > 1 else "all that ran"
+        return f"{listed}\ncosts of {of}; {driven}"
+
+
+def _describe(levels: float, most: int | None) -> str:
+    """What has been read: counts, by their largest and, beside it, what their neuron may give."""
+    if levels == math.inf:
+        return "real numbers"
+    of = f" of {most}" if most is not None and most > 1 and levels <= most else ""
+    return f"counts up to {levels:g}{of}" if levels > 1 or of else "spikes"
 
 
 @contextmanager
-def binary(net: nn.Module) -> Iterator[BinaryReport]:
+def binary(net: nn.Module, *, samples: int = 1) -> Iterator[BinaryReport]:
     r"""Run a net on spikes of 0 and 1 alone, and count what that costs.
 
     Inside, every convolution, linear layer and matrix product that reads counts c from 0 to D, or
@@ -136,11 +154,17 @@ def binary(net: nn.Module) -> Iterator[BinaryReport]:
     written into them; what is made of weights alone is not counted. There are no gradients;
     compiled nets run uncompiled, and accelerated ones with plain norms and neurons.
 
+    Args:
+        net: any module.
+        samples: how many samples the calls inside have, all together: the report's table has the
+            costs of one.
+
     Yields:
         A :class:`BinaryReport`, which grows with each call of the net.
     """
     check_net(net)
-    slices = _Slices(net)
+    check_sizes(samples=samples)
+    slices = _Slices(net, samples)
     torch.clear_autocast_cache()
     with (
         ExitStack() as hooks,
@@ -161,13 +185,14 @@ def binary(net: nn.Module) -> Iterator[BinaryReport]:
 class _Slices(TorchDispatchMode):
     """A dispatch mode, which sees all products, that computes those of counts slice by slice."""
 
-    def __init__(self, net: nn.Module) -> None:
+    def __init__(self, net: nn.Module, samples: int) -> None:
         super().__init__()
-        self.report = BinaryReport()
+        self.report = BinaryReport(samples)
         self.rows: dict[tuple[str, str, int], Operation] = {}
         self.running: list[tuple[str, Counter[str]]] = []  # modules, and what they have called
         weights = (*net.parameters(), *net.buffers())
         self.kinds: dict[Any, int] = {storage_of(weight): _WEIGHT for weight in weights}
+        self.most: dict[Any, int] = {}  # of a neuron's output, by its storage
         norms = dict(norms_of(net))
         self.unlisted = {
             path or "net"
@@ -178,10 +203,14 @@ class _Slices(TorchDispatchMode):
     def enter(self, path: str, *_: Any) -> None:
         self.running.append((path, Counter()))
 
-    def leave(self, *_: Any) -> None:
+    def leave(self, module: Any, _: Any, output: Any) -> None:
         self.running.pop()
+        if isinstance(module, compat.NEURONS) and isinstance(output, Tensor):
+            self.most[storage_of(output)] = levels_of(module.surrogate_function)
         if not self.running:
-            self.kinds = {key: kind for key, kind in self.kinds.items() if not key.expired()}
+            for found in (self.kinds, self.most):
+                for key in [key for key in found if key is None or key.expired()]:
+                    del found[key]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -216,6 +245,10 @@ class _Slices(TorchDispatchMode):
         written = _tensors([given.get(name) for name in written])
         for tensor in written:
             self.kinds.pop(storage_of(tensor), None)
+            self.most.pop(storage_of(tensor), None)
+        most = self.most_of(_tensors(args)) if _COPIES.match(_name(func)) else [None]
+        if None not in most:
+            self.most[storage_of(_tensors(output)[0])] = max(filter(None, most))
         for tensor in _tensors((output, written)):
             if key := storage_of(tensor):
                 self.kinds.setdefault(key, kind)  # that of a view is there
@@ -223,6 +256,10 @@ class _Slices(TorchDispatchMode):
     def kind_of(self, tensor: Tensor) -> int:
         """What a tensor is made of, by its storage: a net may write into its parts."""
         return self.kinds.get(storage_of(tensor), _ACTIVATION)
+
+    def most_of(self, tensors: list[Tensor]) -> list[int | None]:
+        """The most that the neurons give that made these."""
+        return [self.most.get(storage_of(tensor)) for tensor in tensors]
 
     def is_listed(self) -> bool:
         """Whether nothing runs whose products of single values are its own: norms and neurons."""
@@ -239,9 +276,9 @@ class _Slices(TorchDispatchMode):
         if _NO_SUM.search(name) and self.rows:
             levels = split_counts(args[0]).levels
             if levels > 1 or "softmax" in name:  # the largest of spikes is a spike
-                self.row(name, [levels])
+                self.row(name, [levels], self.most_of([args[0]]))
         elif _UNKNOWN.search(name) or (self.is_listed() and self.multiplies(func, args)):
-            self.row(f"{name}, not counted", [math.inf])
+            self.row(f"{name}, not counted", [math.inf], [None])
 
     def multiplies(self, func: Any, args: Any) -> bool:
         """Whether single values are multiplied that are real, or as a part of a product."""
@@ -270,13 +307,14 @@ class _Slices(TorchDispatchMode):
         if kinds == (_WEIGHT, _WEIGHT):
             return func(*args, **kwargs)
         if sparse := {t.layout for t in (a, b)} - {torch.strided}:
-            self.row(f"{name} of {sparse.pop()}, not counted", [math.inf])
+            self.row(f"{name} of {sparse.pop()}, not counted", [math.inf], [None])
             return func(*args, **kwargs)
         # A constant times weights may be the net's input.
         read = [kind >= _ACTIVATION or max(kinds) <= _WEIGHT != kind for kind in kinds]
         x, y = (split_counts(t) if r else Counts(t) for t, r in zip((a, b), read, strict=True))
         levels = [c.levels for c, r in zip((x, y), read, strict=True) if r]
-        row = self.row(name, levels)
+        activations = [t for t, r in zip((a, b), read, strict=True) if r]
+        row = self.row(name, levels, self.most_of(activations))
         counts = [c for c in (x, y) if c.are_few]
         if not counts:
             from torch.utils.flop_counter import flop_registry  # which import sj_taid needs not
@@ -296,13 +334,13 @@ class _Slices(TorchDispatchMode):
             total = total + added[0] * beta
         return total.to(a.dtype)
 
-    def row(self, operation: str, levels: list[float]) -> Operation:
-        """The report's row of this call of the running module, which reads these levels."""
+    def row(self, operation: str, levels: list[float], most: list[int | None]) -> Operation:
+        """The report's row of this call of the running module, and what it reads."""
         layer, called = self.running[-1]
         called[operation] += 1
         key = layer, operation, called[operation]
         if key not in self.rows:
-            self.rows[key] = Operation(layer, operation, levels)
+            self.rows[key] = Operation(layer, operation, levels, most, called[operation])
             self.report.rows.append(self.rows[key])
         row = self.rows[key]
         row.levels = [*map(max, row.levels, levels)]

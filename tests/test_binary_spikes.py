@@ -88,7 +88,7 @@ def test_operation(name, factor):
     (row,) = report.rows
     assert (row.levels, row.ones, row.values) == ([4], c.sum(), 4 * c.numel())
     assert (row.additions, row.macs) == ((c * fan_out).sum(), 0)
-    assert row.energy_pj == pytest.approx(0.9 * row.additions)
+    assert row.energy_nj == pytest.approx(0.9e-3 * row.additions)
     assert watch.read == {0.0, 1.0} and row.is_spiking and not got.requires_grad
 
 
@@ -327,9 +327,10 @@ def test_net_of_counts(training):
     assert "not spike-driven: 3 (max_pool2d_with_indices)" in str(report)
 
 
-def test_net_of_spikes(tmp_path):
+@pytest.mark.parametrize("samples", [1, 2])
+def test_net_of_spikes(tmp_path, samples):
     """Their largest is a spike."""
-    with binary(net := conv_net()) as report:
+    with binary(net := conv_net(), samples=samples) as report:
         run(net, IMAGES)
     assert [row.layer for row in report.rows] == ["0", "4", "8"]
     assert not report.not_spiking and "spike-driven but for the first input" in str(report)
@@ -338,10 +339,12 @@ def test_net_of_spikes(tmp_path):
         rows = [*csv.DictReader(file)]
     assert [row["layer"] for row in rows] == ["0", "4", "8", "sum"]
     *parts, total = rows
-    for name in ("additions", "macs", "energy_pj"):
+    for name in ("additions", "macs", "energy_nj"):
         values = [float(row[name]) for row in parts]
+        assert values == [pytest.approx(getattr(row, name) / samples) for row in report.rows]
         assert float(total[name]) == pytest.approx(sum(values)), name
-    assert float(total["energy_pj"]) == pytest.approx(report.energy_pj)
+    assert float(total["energy_nj"]) == pytest.approx(report.energy_nj)
+    assert f"costs of {'one sample of 2' if samples == 2 else 'all that ran'}; " in str(report)
     head, _, *lines = report.to_markdown().splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in (head, *lines)]
     assert [dict(zip(cells[0], line, strict=True)) for line in cells[1:]] == rows
@@ -431,6 +434,52 @@ def test_scripted_module_counts_as_its_parent_as_it_takes_no_hooks():
     assert [(row.layer, row.additions) for row in report.rows] == [("net", 16)]
 
 
+class Attention(nn.Module):
+    """Two products in one layer, of counts up to 4 that are counted up to 2."""
+
+    def __init__(self):
+        super().__init__()
+        self.node = ALIFNode(init_tau=None, levels=4, step_mode="m")
+
+    def forward(self, x):
+        q = self.node(x).transpose(-1, -2).contiguous()
+        return self.node(x) @ (q @ x.gt(0.5).to(x.dtype))
+
+
+@pytest.mark.parametrize("net", [Attention, lambda: nn.Sequential(Attention())])
+def test_products_are_told_apart_in_their_layer_and_name_what_neurons_may_give(net):
+    x = counts(2, 3, 4, 4, most=2)
+    with binary(net := net(), samples=6) as report:
+        net(x), net(x)
+    layer = "0" if isinstance(net, nn.Sequential) else "net"
+    first, second, _ = report._cells()
+    assert first[:3] == (layer, "bmm 1", "counts up to 2 of 4 and spikes")
+    assert second[:2] == (layer, "bmm 2") and second[2].startswith("counts up to 2 of 4 and ")
+    assert len({row.additions for row in report.rows}) == 2  # of both calls together
+
+
+@pytest.mark.parametrize("change", ["pooled", "copied", "in place", "made again"])
+def test_what_a_neuron_may_give_goes_with_its_values_alone(change):
+    net = nn.Sequential(ALIFNode(init_tau=None, levels=4, step_mode="m"), nn.Identity())
+    net.append(nn.Linear(4, 3).double())
+    functions = {
+        "pooled": lambda s: nn.functional.max_pool1d(s, 1),
+        "copied": lambda s: torch.cat([s.clone(), s]).unflatten(0, (2, -1))[0],
+        "in place": lambda s: s.add_(s.gt(1)),
+        "made again": lambda s: s + s,
+    }
+    net[1].forward = functions[change]
+    with binary(net) as report:
+        net(counts(2, 3, 4, most=2))
+    assert report.rows[-1].most == [4 if change in ("pooled", "copied") else None]
+
+
+@pytest.mark.parametrize("samples", [0, 1.5, True])
+def test_binary_refuses_samples_that_are_no_number_of_them(samples):
+    with pytest.raises(ValueError, match="samples"), binary(nn.Linear(2, 2), samples=samples):
+        pass
+
+
 def test_nothing_stays_after_an_error():
     net = nn.Sequential(nn.Linear(4, 4), Call(lambda x: x.no_such_name))
     with pytest.raises(AttributeError), binary(net):
@@ -457,4 +506,4 @@ def test_energy_is_that_of_spikingjelly():
         run(net, x)
     assert sum(row.macs for row in report.rows) == macs.get_total() == estimate.counts["mac"]
     assert sum(row.additions for row in report.rows) == additions.get_total()
-    assert report.energy_pj == pytest.approx(estimate.energy_compute_pj, rel=2e-3)
+    assert report.energy_nj == pytest.approx(estimate.energy_compute_pj / 1000, rel=2e-3)
