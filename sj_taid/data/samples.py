@@ -70,7 +70,7 @@ class Samples(Dataset):
             raise OSError(f"{path} {how}; {self.remedy}") from error
 
     def check(self) -> None:
-        """Look at the head of each file, before one of them stops a training: 0.07 ms each."""
+        """Look at the head of each file, before one of them stops a training."""
         wrong: dict[str, Exception] = {}
         for path in self.samples.tolist() if self.look else ():
             try:
