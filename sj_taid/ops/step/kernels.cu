@@ -145,7 +145,7 @@ __device__ __forceinline__ float quotient(float a, float b) {
   const float y = 1.0f / b, rough = a * y;
   const float near = fmaf(fmaf(-rough, b, a), y, rough);
   const float exact = fmaf(fmaf(-near, b, a), y, near);
-  return exact == exact ? exact : rough;  // of infinities
+  return fabsf(exact) > 0.0f ? exact : rough;  // of infinities and of -0
 }
 
 // ---- memory ------------------------------------------------------------------------------------

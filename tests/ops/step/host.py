@@ -40,7 +40,7 @@ FLAGS = (
 needs_gxx = pytest.mark.skipif(GXX is None, reason="needs g++ to compile kernels.cu as C++")
 
 LAUNCHER = Path(autograd.__file__).with_name("cuda.py")
-_PRELUDE = Path(__file__).with_name("prelude.h")
+PRELUDE = Path(__file__).with_name("prelude.h")
 _LARGEST_UNIT = 80  # kernels a library
 
 
@@ -98,10 +98,10 @@ class Host:
         exports = defaultdict(str)
         for i, (source, name) in enumerate(kernels):
             exports[source] += f"EXPORT(kernel_{i}, {name})\n"
-        text = f'#include "{_PRELUDE}"\n'
+        text = f'#include "{PRELUDE}"\n'
         for i, (source, lines) in enumerate(exports.items()):
             text += f"namespace text_{i} {{\nusing ::load_word;\n{source}\n{lines}}}\n"
-        key = f"{self.flags}{text}{_PRELUDE.read_text()}"
+        key = f"{self.flags}{text}{PRELUDE.read_text()}"
         key = hashlib.sha256(key.encode()).hexdigest()[:16]
         unit = self.directory / f"{key}.cpp"
         unit.write_text(text)

@@ -146,7 +146,7 @@ MUTATIONS = [
     (SOFT, "total[0][lane] += ", "total[0][lane] -= "),
     (SOFT, "total[1][lane] += ", "total[1][lane] = "),
     (COUNTS, "= quotient(", "= 0.5f * quotient("),
-    (COUNTS, "exact == exact ? exact : rough", "1.001f * rough"),
+    (COUNTS, "> 0.0f ? exact : rough", "> 0.0f ? 1.001f * rough : rough"),
     (SOFT, "if (GRAD_V_SEQ) grad_v[0][i] += grad_v_t[i];", ""),
     # the last voltage, segments, channels, the stride over neurons
     (HARD, "    store_states(v, c.v_last, at);", ""),

@@ -40,6 +40,20 @@ def where(x, y):
     return torch.where(x > y, 1.0, torch.where(y == 0, x, 0.5))
 
 
+class _Gradient(torch.autograd.Function):
+    """x, whose gradient is a function of what comes back, x and y."""
+
+    @staticmethod
+    def forward(ctx, x, y, function):
+        ctx.save_for_backward(x, y)
+        ctx.function = function
+        return x * 1
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.function(grad, *ctx.saved_tensors), None, None
+
+
 def truth(function):
     return lambda x, y: function(x, y).to(x)
 
@@ -118,7 +132,15 @@ COMPOSED = {
         lambda x, y: x.clamp(y * 0.5, y),
     ],
     "div": [lambda x, y: torch.div(x, y, rounding_mode="trunc")],
-}
+    "gradients": [  # of what forward does not compute, and of sums of products
+        lambda x, y, f=f: _Gradient.apply(x, y, f)
+        for f in (
+            *(lambda g, x, y: g * x.sigmoid(), lambda g, x, y: g / y, lambda g, x, y: g * x + y),
+            *(lambda g, x, y: g * x - y, lambda g, x, y: y - g * x),
+            lambda g, x, y: g * x - 0.5 * y,
+        )
+    ],
+}  # fmt: skip
 
 
 @cache
@@ -131,38 +153,47 @@ def values(dtype=torch.float32):
     return x, y, torch.randn(8, x.shape[1], generator=generator).to(dtype)
 
 
-def by_torch(step, dtype):
+def by_torch(function, dtype):
     x, y, upstream = values(dtype)
     leaves = x.clone().requires_grad_(), y.clone().requires_grad_()
-    ends = step(*leaves)
+    ends = function(*leaves), leaves[1] * 1
     kept = [end for end in ends if end.requires_grad]
     grads = torch.autograd.grad(kept, leaves, [upstream] * len(kept), allow_unused=True)
     found = [*ends, *(torch.zeros_like(x) if g is None else g for g in grads)]
     return [t.detach() for t in found]
 
 
-def check(function):
-    """Compare a step by its lines with torch; gives the operations that it has."""
+@cache
+def read(function):
+    """A function of x and y as a step of the state y, which stays as it is."""
+    return reading_of.read(lambda x, s, p: (function(x, *s), [s[0] * 1]), 1, (), (2, 3))
 
-    def step(x, y):
-        return function(x, y), y * 1
 
-    reading = reading_of.read(lambda x, s, p: (step(x, *s)[0], step(x, *s)[1:]), 1, (), (2, 3))
+def check(function, run=program.results, rounds=False):
+    """Compare a step by its text with torch; gives the operations that it has.
+
+    ``rounds``: whether gradients are torch's to rounding alone, and not of subnormal numbers.
+    """
+    reading = read(function)
     x, y, upstream = (v.flatten() for v in values())
     given = {"x": x, "s0": y, "g": upstream, "g0": upstream}
-    got = program.results(reading, given, values()[0].shape)
-    wanted, best = by_torch(step, torch.float32), by_torch(step, torch.float64)
+    got = run(reading, given, values()[0].shape)
+    wanted, best = by_torch(function, torch.float32), by_torch(function, torch.float64)
+    is_subnormal = torch.stack(values()[:2]).frexp().exponent.lt(-125).any(0)
     names = "output", "state", "gradient of x", "gradient of y"
     roots, found = (*reading.program.outputs, *reading.program.grads), set()
     for name, root, have, want, exact in zip(names, roots, got, wanted, best, strict=True):
         ops = {reading.program.lines[k][0] for k in reading.program.needed([root])}
         found |= ops
         same = (have == want) & (have.signbit() == want.signbit())
-        if ops & reading_of._ROUNDED:
+        if ops & reading_of._ROUNDED or (rounds and name.startswith("gradient")):
             bound = 4e-6 * exact.abs() + 20 * (want.double() - exact).abs() + 1e-37
             if "scale" in ops:  # of a sum whose terms may cancel
                 bound += 1e-6 * (x.abs() + y.abs() + (x * y).abs()).view_as(bound)
+            elif rounds and {"add", "sub"} & ops:
+                bound += 1e-6 * (1 + x.abs() + y.abs()).nan_to_num(0, 0, 0).view_as(bound)
             same = (have == want) | ((have.double() - want).abs() <= bound)
+            same |= is_subnormal & rounds
         bad = ~(same | have.isnan() & want.isnan()).flatten()
         cases = torch.stack([x, y, upstream, have.flatten(), want.flatten()])[:, bad].t()[:5]
         assert not bad.any(), f"{name}: x, y, upstream, got, expected: {cases.tolist()}"
