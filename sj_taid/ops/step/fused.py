@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from math import copysign
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -13,7 +17,7 @@ from ..._internal import graph
 from ..bits import is_dense
 from . import compiled, reference
 from .autograd import apply_fused
-from .plan import ENGINES, Engine, arranged, find_plan, spec_of
+from .plan import ENGINES, Engine, Plan, Plans, arranged, find_plan, spec_of
 from .read import NotRead, Reading
 from .readings import read_neuron
 
@@ -102,14 +106,59 @@ def multi_step(
             options["store_v_seq"] = store_v_seq
             return reference.multi_step(x_seq, v, w, v_threshold, **options)
         return compiled.run(x_seq, [v0], starts, parameters, key, store_v_seq)
-    reading = read_alif(x_seq.shape[1:], parameters, options, engine, x_seq.device)
-    if isinstance(reading, str):
-        raise NotRead(reading)
-    operands = x_seq, v0, *parameters
-    saves = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
-    spec = spec_of(x_seq, reading, store_v_seq=store_v_seq, saves=saves)
-    no_norm = None, None, None, None
-    return apply_fused(find_plan(engine, spec), starts, "", *operands, *no_norm)[:3]
+    saves = False
+    if torch.is_grad_enabled():
+        for tensor in (x_seq, v0, *parameters):
+            if tensor is not None and tensor.requires_grad:
+                saves = True
+    plan = _find_plan(engine, x_seq, parameters, options, store_v_seq, saves)
+    return apply_fused(plan, starts, "", x_seq, v0, *parameters, None, None, None, None)[:3]
+
+
+#: the plans of calls by all that they depend on
+PLANS = Plans()
+
+
+def _find_plan(
+    engine: Engine, x_seq: Tensor, parameters: Any, options: Any, store_v_seq: bool, saves: bool
+) -> Plan:
+    """The plan of a call, decided once for equal ones of a surrogate that is known."""
+    numbers = _numbers_of(**options)
+    shapes = x_seq.shape, x_seq.stride(), *[p.shape for p in parameters]
+    key = engine, shapes, x_seq.dtype, x_seq.device, store_v_seq, saves, numbers
+    plan = PLANS.get(key)
+    if plan is None or numbers is None:
+        reading = read_alif(x_seq.shape[1:], parameters, options, engine, x_seq.device)
+        if isinstance(reading, str):
+            raise NotRead(reading)
+        spec = spec_of(x_seq, reading, store_v_seq=store_v_seq, saves=saves)
+        plan = PLANS.store(key, find_plan(engine, spec))
+    return plan
+
+
+def _numbers_of(surrogate_function: Any, **options: Any) -> tuple[Any, ...] | None:
+    """What a step reads of its options; ``None`` of a surrogate but SpikingJelly's and ours."""
+    kind: Any = type(surrogate_function)
+    if kind.__module__.partition(".")[0] not in ("spikingjelly", __name__.partition(".")[0]):
+        return None
+    found: list[Any] = [*_of_class(kind)(surrogate_function)]
+    for name, value in (*options.items(), *vars(surrogate_function).items()):
+        for part in value if type(value) is tuple else (value,):
+            if type(part) in _NUMBERS and not (part == 0 and copysign(1.0, part) < 0):
+                found += name, type(part), part
+            elif part or type(part) not in _EMPTY:  # a hook, a parameter, a function of its own
+                return None
+    return tuple(found)
+
+
+_NUMBERS, _EMPTY = (bool, int, float, str, type(None)), (dict, OrderedDict, set)
+
+
+@lru_cache
+def _of_class(kind: Any) -> attrgetter[Any]:
+    """Gives what the call of a surrogate reads of its class, which may be replaced there."""
+    names = {"forward", *kind.forward.__code__.co_names}
+    return attrgetter("__class__", *[f"__class__.{name}" for name in names if hasattr(kind, name)])
 
 
 def operands_of(
@@ -119,5 +168,5 @@ def operands_of(
     dtype = reference.state_dtype(x_seq.dtype)
     x_seq = x_seq if is_dense(x_seq) else x_seq.contiguous()
     v0 = arranged(v if isinstance(v, Tensor) else None, x_seq.stride()[1:])
-    parameters = (p.to(dtype).contiguous() for p in (w, v_threshold) if p is not None)
+    parameters = [p.to(dtype).contiguous() for p in (w, v_threshold) if p is not None]
     return (x_seq, v0, *parameters), (0.0 if v0 is not None else v,)

@@ -12,6 +12,7 @@ from spikingjelly.activation_based import surrogate
 
 from sj_taid.ops import backends
 from sj_taid.ops.step import compiled, readings, reference
+from sj_taid.ops.step.fused import PLANS
 from sj_taid.ops.step.plan import find_plan
 from sj_taid.ops.surrogate import MultiLevelSpikeCount
 from tests.helpers import (
@@ -289,6 +290,7 @@ def compile_again(folder, v_resets, found):
     rows.address_of.cache_clear()
     rows.cache_folder.cache_clear()
     find_plan.cache_clear()
+    PLANS.clear()
     for v_reset in v_resets:
         rows._ALIVE.clear()
         assert_conforms(LATER.with_(v_reset=v_reset))

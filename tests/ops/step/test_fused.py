@@ -3,12 +3,17 @@
 import inspect
 import itertools
 import math
+import sys
+from functools import partial
 
 import pytest
 import torch
+from spikingjelly.activation_based import surrogate
 
 from sj_taid.ops import bits
+from sj_taid.ops.step import fused as function_of_alif
 from sj_taid.ops.step import reference
+from sj_taid.ops.step.read import NotRead
 from sj_taid.ops.surrogate import MultiLevelSpikeCount
 from tests.helpers import (
     HALF,
@@ -185,3 +190,50 @@ def test_without_gradients_nothing_is_saved(fused):
         leaves = tensors(case).values()
         spikes, v, v_seq = fused.multi_step(*leaves, store_v_seq=False, **case.options())
     assert spikes.grad_fn is None and v.grad_fn is None and v_seq is None
+
+
+def test_a_call_like_one_before_reads_no_step_and_no_key_again(fused, monkeypatch):
+    case = Case(shape=(4, 3, 5))
+    leaves, entered = tensors(case).values(), []
+    run = partial(fused.multi_step, *leaves, store_v_seq=False, **case.options())
+    want = run()
+    monkeypatch.setattr(function_of_alif, "read_alif", None)
+
+    def see(frame, event, argument):
+        if event == "call" and "sj_taid" in frame.f_code.co_filename:
+            entered.append(frame.f_code.co_qualname)
+
+    sys.setprofile(see)
+    try:
+        got = run()
+    finally:
+        sys.setprofile(None)
+    assert len(entered) < 30, entered
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+
+
+def test_a_surrogate_that_is_changed_is_read_again(fused):
+    fires = surrogate.ATan()
+    case = Case(shape=(4, 3, 5), surrogate_function=fires)
+    for fires.alpha in (2.0, 3.5, 2):
+        got, want = (results(f, case) for f in (fused.multi_step, reference.multi_step))
+        assert_close(got, want, case, tensors(case))
+
+
+def test_a_surrogate_with_a_hook_is_refused_after_calls_without(fused):
+    fires = surrogate.ATan()
+    case = Case(shape=(4, 3, 5), surrogate_function=fires)
+    results(fused.multi_step, case)
+    fires.register_forward_hook(lambda module, inputs, output: output * 2)
+    with pytest.raises(NotRead, match="hooks"):
+        results(fused.multi_step, case)
+
+
+@pytest.mark.parametrize(
+    "other", [{"v_reset": -0.25}, {"decay_input": False}, {"detach_reset": True}]
+)
+def test_calls_with_other_options_are_others(fused, other):
+    fires = surrogate.ATan()
+    for case in (Case(surrogate_function=fires), Case(surrogate_function=fires, **other)):
+        got, want = (results(f, case) for f in (fused.multi_step, reference.multi_step))
+        assert_close(got, want, case, tensors(case))

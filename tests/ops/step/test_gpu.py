@@ -10,6 +10,7 @@ from sj_taid import ALIFNode
 from sj_taid.functional import alif_multi_step
 from sj_taid.ops import bits
 from sj_taid.ops.step import reference
+from sj_taid.ops.step.fused import PLANS
 from sj_taid.ops.step.plan import find_plan
 from tests.helpers import (
     Case,
@@ -142,6 +143,7 @@ def test_first_call_in_a_capture_says_what_to_do(cuda):
     x_seq, w, threshold = (tensors(CASE, "cuda")[n] for n in ("x", "w", "v_threshold"))
     cuda._function.cache_clear()
     find_plan.cache_clear()
+    PLANS.clear()
     with (
         pytest.raises(RuntimeError, match="run one training step before capturing"),
         torch.cuda.graph(torch.cuda.CUDAGraph()),
