@@ -22,7 +22,7 @@
 //
 // No standard headers: NVRTC compiles this text for a GPU and, under a prelude that defines the CUDA
 // keywords, a C++ compiler for the tests. BLOCK, ADDERS, SEGMENT, LONGEST_SWEEP, MOST_TOTALS and the
-// bits of NEEDS come from kernels.py; STATES, OPERANDS, TOTALS, CONSTANTS and LINES are those of the step.
+// bits of NEEDS come from kernels.py; STATES, OPERANDS, TOTALS, CONSTANTS and LIVE are those of the step.
 
 typedef long long index_t;
 
@@ -35,12 +35,23 @@ struct Partials { index_t rows, run, channels; };
 __device__ constexpr int steps_in_registers(int T) { return T <= LONGEST_SWEEP ? T : SEGMENT; }
 __device__ constexpr int steps_left(int T) { return T <= LONGEST_SWEEP ? 0 : T % SEGMENT; }
 
+// Blackwell's compiler takes more registers for the same lines.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+__device__ constexpr bool IS_BLACKWELL = true;
+#else
+__device__ constexpr bool IS_BLACKWELL = false;
+#endif
+
 // Blocks per multiprocessor promised to the compiler for backward, which bounds a thread's registers:
 // 96 for 5 blocks, 128 for 4, 168 for 3. Fewer could not hide the latency of memory; with v_seq's
-// gradients a thread requests more bytes at a time, and needs more registers.
-__device__ constexpr int resident_blocks(bool norm, int needs, bool grad_v_seq, bool left) {
-  const bool writes_and_sums = needs & NEED_X && needs != NEED_X, is_long = LINES > 40;
-  return grad_v_seq || STATES > 1 ? 3 : 5 - (norm && writes_and_sums) - (left || is_long);
+// gradients a thread requests more bytes at a time, and needs more registers. LIVE is how many values
+// of a step backward holds at a time.
+__device__ constexpr int resident_blocks(bool norm, int needs, bool grad_v_seq, int T) {
+  const bool makes_several = needs != NEED_X && needs != NEED_NORM;
+  const bool makes_all = needs & NEED_X && needs & NEED_NORM && TOTALS > 2;
+  const int less = norm * (makes_several + makes_all) + (steps_left(T) > 0 || LIVE > 6) +
+                   (IS_BLACKWELL && steps_in_registers(T) >= SEGMENT);
+  return grad_v_seq || STATES > 1 || less > 2 ? 3 : 5 - less;
 }
 
 // Arrays of C++ are not empty.
@@ -348,7 +359,7 @@ __device__ __forceinline__ void forward_segment(const N& neuron, const Forward<s
 }
 
 template <class scalar_t, int T, int VEC, int LANES, bool STORE_V_SEQ, bool NORM, bool PACK>
-__global__ void __launch_bounds__(BLOCK, STATES > 1 || (NORM && LANES == 8) ? 6 : 8)  // 80 registers, or 64
+__global__ void __launch_bounds__(BLOCK, STATES > 1 || (NORM && LANES > 2) ? 6 : 8)  // 80 registers, or 64
 neuron_forward(const Forward<scalar_t> c) {
   constexpr int STEPS = steps_in_registers(T), LEFT = steps_left(T), BYTES = SEGMENT / 8;
   static_assert(!PACK || T <= LONGEST_SWEEP || SEGMENT % 8 == 0, "a segment fills its bytes");
@@ -451,7 +462,7 @@ __device__ __forceinline__ void backward_segment(const Neuron<LANES, NORM>& neur
 
 template <class scalar_t, int T, int VEC, int LANES, bool GRAD_V_SEQ, bool NORM, int NEEDS>
 __global__ void
-__launch_bounds__(BLOCK, resident_blocks(NORM, NEEDS, GRAD_V_SEQ, steps_left(T) > 0))
+__launch_bounds__(BLOCK, resident_blocks(NORM, NEEDS, GRAD_V_SEQ, T))
 neuron_backward(const Backward<scalar_t> c) {
   constexpr int STEPS = steps_in_registers(T), LEFT = steps_left(T);
   const int segments = T <= LONGEST_SWEEP ? 1 : (int)(c.steps / SEGMENT);

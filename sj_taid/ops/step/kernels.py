@@ -56,7 +56,7 @@ def source(program: Program = NO_STEP, operands: int = 0, constants: int = 0) ->
     """``kernels.cu`` with a step's text, after the constants above and the step's sizes."""
     numbers = {"STATES": program.states, "OPERANDS": operands, "CONSTANTS": constants}
     numbers |= {"TOTALS": len(program.totals), "MOST_TOTALS": MOST_TOTALS}
-    numbers |= {"LINES": len(program.lines)}
+    numbers |= {"LIVE": program.most_live(program.grads)}
     numbers |= {
         name: value for name, value in globals().items() if name.isupper() and type(value) is int
     }

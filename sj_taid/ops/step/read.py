@@ -68,6 +68,14 @@ class Program(NamedTuple):
                 stack += [arg for arg in self.lines[line][1] if arg[0] == "t"]
         return sorted(found)
 
+    def most_live(self, roots: Sequence[str]) -> int:
+        """The most values that are needed at a time where the ``roots`` are computed, in order."""
+        live, most = {*roots}, 0
+        for line in reversed(self.needed(roots)):
+            live = live - {f"t{line}"} | {arg for arg in self.lines[line][1] if arg[0] in "xsgt"}
+            most = max(most, len(live))
+        return most
+
 
 class Formulas(NamedTuple):
     """What torch computes of parameters: operands before the rows, gradients after them."""
