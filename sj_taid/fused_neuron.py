@@ -251,7 +251,7 @@ def _numbers_of(node: Any, view: View) -> tuple[Any, ...]:
     for name, attributes, functions in view.modules:
         module = node._modules.get(name)
         numbers += attributes(module)
-        if not module.__dict__.keys().isdisjoint(functions):
+        if module is not None and not module.__dict__.keys().isdisjoint(functions):
             hooked = True
         for hooks in HOOKS:
             if getattr(module, hooks, None):

@@ -306,3 +306,16 @@ def test_a_call_refuses_bad_arguments(changed, error, message):
     if changed.keys() == {"x_seq"}:
         with pytest.raises(error, match=message):
             ALIFNode(step_mode="m")(changed["x_seq"])
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_a_surrogate_may_be_a_function_where_another_neurons_is_a_module(backend):
+    """What is noted of a class is of all its neurons."""
+    x_seq, functions = inputs().requires_grad_(), [surrogate.ATan() for _ in range(2)]
+    functions.insert(1, lambda x: surrogate.ATan.spiking_function(x, 2.0))
+    found = []
+    for function in functions:
+        node = ALIFNode(surrogate_function=function, backend=backend)
+        found.append(torch.autograd.grad(node(x_seq).sum(), x_seq)[0])
+    for gradient in found[1:]:
+        torch.testing.assert_close(gradient, found[0])

@@ -9,6 +9,7 @@ from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
 from torch import nn
+from torch.jit import ScriptFunction
 
 from .code import is_plain
 from .read import ONE_READING, NotRead, Reading
@@ -20,7 +21,7 @@ NAMES: dict[type, Notes] = {}
 #: (class, names, their values, sizes, engine) -> the reading, or why there is none
 _READINGS: dict[Any, Reading | str] = {}
 #: what is equal to itself alone
-BY_IDENTITY = (type, FunctionType, BuiltinFunctionType, MethodType, property)
+BY_IDENTITY = (type, FunctionType, BuiltinFunctionType, MethodType, property, ScriptFunction)
 
 
 def read_neuron(
