@@ -206,6 +206,35 @@ def compile_all(arch: str) -> Iterator[tuple[Kernel, Resources]]:
         yield from ((named[name], numbers) for name, numbers in found.items())
 
 
+#: ALIF's launches: whether behind a norm, and what backward makes
+LAUNCHES = {
+    "forward": (False, 0),
+    "backward": (False, NEED_X | NEED_TOTAL | NEED_TOTAL << 1),
+    "norm: forward": (True, 0),
+    "norm: sums": (True, NEED_NORM),
+    "norm: backward": (True, NEED_X | NEED_TOTAL | NEED_TOTAL << 1),
+}
+
+
+def alif_table(arch: str) -> str:
+    """Registers and bytes spilled of the default ALIF's launches, in Markdown."""
+    version = ctypes.c_int(), ctypes.c_int()
+    _call("Version", *map(ctypes.byref, version))
+    about = "{}, NVRTC {}.{}".format(arch, *(number.value for number in version))
+    rows = [[about, *LAUNCHES], ["---"] * 6]
+    reading = make_reading(Case())
+    for dtype, T in itertools.product((torch.float32, torch.bfloat16), (4, 8, 16, 32)):
+        x, names = torch.empty(T, 1, 1, dtype=dtype), []
+        for norm, needs in LAUNCHES.values():
+            spec = spec_of(x, reading, norm, False, False, True, True)
+            name, vec = kernels.backward(spec, needs, False) if needs else kernels.forward(spec)
+            names.append(name.format(vec, 1))
+        found = resources(kernels.source_of(spec), names, arch)
+        cells = (f"{found[name].registers}, {found[name].spill_stores}" for name in names)
+        rows.append([f"{kernels.SCALARS[dtype]}, T = {T}", *cells])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the resources of the kernels, for the GPU here unless another is named."""
     parser = argparse.ArgumentParser(description=main.__doc__)
@@ -219,6 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for kernel, r in found:
         about = f"{kernel.neuron}: {kernel.name}"
         print(f"{r.registers:4} registers, {r.spill_stores} bytes spilled: {about}")
+    print(alif_table(arch))
 
 
 if __name__ == "__main__":

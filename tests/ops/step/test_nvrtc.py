@@ -16,11 +16,9 @@ except OSError as error:
 
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=f"needs NVRTC: {WHY_NOT}")
 
-OTHERS = [pytest.param(arch, marks=pytest.mark.kernels) for arch in ("sm_80", "sm_100")]
-
 
 @pytest.mark.kernels
-@pytest.mark.parametrize("arch", ["sm_90", *OTHERS])
+@pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_90", "sm_100", "sm_120"])
 def test_no_array_of_a_thread_is_in_local_memory(arch):
     """A loop that is not unrolled, or an index that is no constant, would put it there.
 
