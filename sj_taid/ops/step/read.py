@@ -195,13 +195,19 @@ def _read_once(step: Step, states: int, parameters: Sequence[Tensor], shape: Any
         saved_tensors_hooks(_same, _same),  # not those of the caller
         torch.jit.optimized_execution(False),  # scripted functions, which change as they run
     ):
-        inputs = [_example(shape) for _ in range(1 + states)]
-        inputs += [_example(p.shape, p.dtype) for p in parameters]
-        upstream = [_example(shape).detach() for _ in range(1 + states)]
-        drawn = _random_states()
-        calls, ends = _trace(step, states, inputs, upstream)
-        if _random_states() != drawn:
-            raise NotRead("draws random numbers")
+        for seed in range(
+            16
+        ):  # until no mask chooses one neuron alone, which torch treats otherwise
+            torch.default_generator.manual_seed(seed)
+            inputs = [_example(shape) for _ in range(1 + states)]
+            inputs += [_example(p.shape, p.dtype) for p in parameters]
+            upstream = [_example(shape).detach() for _ in range(1 + states)]
+            drawn = _random_states()
+            calls, ends = _trace(step, states, inputs, upstream)
+            if _random_states() != drawn:
+                raise NotRead("draws random numbers")
+            if not any(call.name == "index" and call.result.numel() == 1 for call in calls):
+                break
     names = ["x", *(f"s{k}" for k in range(states)), *(f"w{k}" for k in range(len(parameters)))]
     names += ["g", *(f"g{k}" for k in range(states))]
     reader = _Reader(dict(zip(names, (*inputs, *upstream), strict=True)), tuple(shape))

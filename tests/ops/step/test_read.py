@@ -929,3 +929,16 @@ def test_threads_that_read_at_once_leave_no_mode_behind():
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(read_many, range(4)))
     assert not _python_dispatch._is_in_torch_dispatch_mode
+
+
+def test_a_reading_does_not_depend_on_how_many_neurons_a_mask_chooses():
+    found = set()
+    for k in range(20):
+
+        def step(x, states, parameters, bound=0.9 + k / 200):  # in examples of 105 and 408
+            y, chosen = torch.ones_like(x), x > bound
+            y[chosen] = x[chosen] * 2
+            return y, []
+
+        found.add(read(step, 0, (), (2, 3, 4)).program)
+    assert len(found) == 1
