@@ -34,7 +34,7 @@ def test_wheel_holds_package_and_configs(tmp_path):
     page = zipfile.ZipFile(wheel).read(f"{about}METADATA").decode()
     links = re.findall(r"]\(([^)\s]+)", page)
     assert len(links) > 20 and all(link.startswith("https://") for link in links)
-    left_out = re.compile(r"(?!.*/pretrained/).*README\.md|.*__pycache__.*")
+    left_out = re.compile(r"(?!.*/pretrained/).*\.md|.*__pycache__.*")
     assert not names - files
     assert not [name for name in files - names if not left_out.fullmatch(name)]
 
