@@ -32,6 +32,16 @@ ROOT = Path(__file__).resolve().parents[1]
 
 SEW_RESNET18 = "any_net:sew_resnet18 --shape 4 112 3 224 224 --dtype bfloat16 --repeats 10"
 
+#: neurons that are no LIF, each behind a norm
+OTHERS = ("klif", "qif", "clif", "izhikevich", "ternary")
+
+
+def other_neurons(shape: str, repeats: int) -> dict[str, str]:
+    """Steps that compare each of them with its plain class, and time both."""
+    options = f"--shape {shape} --repeats {repeats}"
+    return {f"any_net {name}": f"any_net:{name} {options}" for name in OTHERS}
+
+
 #: Options of the steps. On a GPU each of them should take a minute at most.
 SIZES = {
     "cuda": {
@@ -39,6 +49,7 @@ SIZES = {
         "--only cupy 'SpikingJelly LIF' PLIF",
         "frontier": "--nets sew_resnet18 --steps 8 --batch 32 --neurons PLIF --levels 0 1",
         "any_net norm_and_neuron": "any_net:norm_and_neuron --shape 8 32 128 14 14 --repeats 20",
+        **other_neurons("8 32 128 14 14", 20),
         "any_net sew_resnet18": SEW_RESNET18,
         "any_net spikformer": "any_net:spikformer --shape 4 64 3 32 32 --dtype bfloat16 "
         "--repeats 10",
@@ -50,6 +61,7 @@ SIZES = {
         "--only numba 'SpikingJelly LIF' PLIF",
         "frontier": "--nets spiking_vgg11_bn --dtypes float32 --steps 4 --neurons PLIF --repeats 3",
         "any_net norm_and_neuron": "any_net:norm_and_neuron --shape 4 8 128 14 14 --repeats 3",
+        **other_neurons("4 4 128 8 8", 3),
         "any_net sew_resnet18": "any_net:sew_resnet18 --shape 4 2 3 64 64 --repeats 3",
     },
 }
@@ -57,7 +69,7 @@ SIZES = {
 #: The tests, with pytest's options, that compare a device's backend with the definition.
 CONFORMANCE = {
     "cuda": "-m gpu tests/ops/step/test_gpu.py "
-    "-k 'test_conforms and -{0}- or test_at_the_threshold and torch.{0}'",
+    "-k 'test_conforms and -{0}- or (test_at_the_threshold or test_other_neurons) and torch.{0}'",
     "cpu": "tests/ops/step/test_cpu.py tests/ops/step/test_norm.py "
     "-k '(test_conforms or pair_of_options) and -{}-'",
 }

@@ -23,6 +23,7 @@ import math
 import pkgutil
 import sys
 from collections.abc import Collection, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -54,11 +55,19 @@ def spikformer() -> nn.Module:
     return zoo("spikformer:spikformer_cifar10", spiking_neuron=neuron.LIFNode)
 
 
-def norm_and_neuron() -> nn.Module:
+def norm_and_neuron(kind: str = "LIFNode") -> nn.Module:
     """That pair alone, on ``[T, N, 128, H, W]``."""
-    net = nn.Sequential(layer.BatchNorm2d(128), neuron.LIFNode(surrogate_function=surrogate.ATan()))
+    node = getattr(neuron, kind)(surrogate_function=surrogate.ATan())
+    net = nn.Sequential(layer.BatchNorm2d(128), node)
     functional.set_step_mode(net, "m")
     return net
+
+
+#: the same of neurons that are no LIF
+klif, qif = partial(norm_and_neuron, "KLIFNode"), partial(norm_and_neuron, "QIFNode")
+clif = partial(norm_and_neuron, "ComplementaryLIFNode")
+izhikevich = partial(norm_and_neuron, "IzhikevichNode")
+ternary = partial(norm_and_neuron, "TernaryLIFNode")
 
 
 def zoo(path: str, **options: Any) -> nn.Module:

@@ -6,11 +6,14 @@ import re
 from importlib.metadata import version
 from pathlib import Path
 
+import any_net
 import prove
 import pytest
 import torch
 from prove import Step
+from spikingjelly.activation_based import neuron
 
+from sj_taid import accelerate
 from sj_taid.ops import backends
 from tests.test_docs import Parsed, parse_only  # noqa: F401
 
@@ -98,3 +101,11 @@ def test_a_net_is_measured_as_it_is_before_it_is_compiled(tmp_path):
     steps = [[*step.arguments] for step in prove.steps("cuda", tmp_path)]
     (compiled,) = (i for i, arguments in enumerate(steps) if "--compile" in arguments)
     assert [word for word in steps[compiled] if word != "--compile"] in steps[:compiled]
+
+
+def test_neurons_that_are_no_lif_are_made_and_fused():
+    for name in prove.OTHERS:
+        net = getattr(any_net, name)()
+        assert not isinstance(net[1], neuron.LIFNode)
+        report = accelerate(net, torch.zeros(2, 2, 128, 3, 3))
+        assert "1 of 1 neurons on the fused operator" in str(report), (name, report)

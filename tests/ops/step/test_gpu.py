@@ -8,10 +8,12 @@ from torch import nn
 
 from sj_taid import ALIFNode
 from sj_taid.functional import alif_multi_step
+from sj_taid.nets.neurons import as_read
 from sj_taid.ops import bits
 from sj_taid.ops.step import reference
 from sj_taid.ops.step.fused import PLANS
 from sj_taid.ops.step.plan import find_plan
+from sj_taid.ops.step.record import Notes
 from tests.helpers import (
     Case,
     assert_close,
@@ -30,6 +32,9 @@ from tests.ops.step.conformance import (
     pairwise,
     use_large_kernels,
 )
+from tests.ops.step.test_neurons import MAKERS
+from tests.ops.step.test_neurons import ROWS as NEURON_ROWS
+from tests.ops.step.test_neurons import check as check_neuron
 
 pytestmark = pytest.mark.gpu
 
@@ -54,6 +59,12 @@ def check(case, leaves):
 
 
 ROWS = [*pairwise(COMPACT), *pairwise(COUNT_OPTIONS)]
+#: that no LIF is: of one to three states, some that learn; the installed version may lack one
+OTHERS = [
+    name
+    for name in ("KLIFNode", "QIFNode", "ComplementaryLIFNode", "IzhikevichNode", "ThreeStates")
+    if name in MAKERS
+]
 
 
 @pytest.mark.parametrize("case", [make_case(row) for row in ROWS], ids=str)
@@ -66,6 +77,17 @@ def test_conforms(cuda, case):
 def test_every_pair_of_options(cuda, case):
     with use_large_kernels(cuda):
         assert not compare(case, cuda.multi_step, "cuda", cuda.launches)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_neurons(cuda, name, dtype):
+    who, _ = as_read(MAKERS[name]())
+    with use_large_kernels(cuda):
+        for row in NEURON_ROWS[OTHERS.index(name) :: 5]:
+            reading = who.read(row["shape"], Notes())
+            check_neuron(cuda.ENGINE, who, row | {"dtype": dtype}, reading, "cuda")
+    assert cuda.launches["neuron_forward"] and cuda.launches["neuron_backward"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

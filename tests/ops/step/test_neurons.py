@@ -66,8 +66,8 @@ def normalized(x, norm, row):
     return batch_norm(x, BatchNorm(*norm, *moments))
 
 
-def results(run, row, given, dtype):
-    """Outputs, states and gradients by name, of leaves of this dtype."""
+def results(run, row, given, dtype, device="cpu"):
+    """Outputs, states and gradients by name, of leaves of this dtype on a device."""
     x, states, tensors, norm, upstream = given
     learn = row["starts"] == "tensors"
     leaves = {"x": x.to(dtype or x.dtype)}
@@ -75,7 +75,7 @@ def results(run, row, given, dtype):
     leaves |= {f"parameter {k}": t.to(dtype or t.dtype) for k, t in enumerate(tensors)}
     leaves |= {f"norm {k}": t.to(dtype or t.dtype) for k, t in enumerate(norm)}
     for name, leaf in leaves.items():
-        leaf = leaves[name] = leaf.detach().clone()
+        leaf = leaves[name] = leaf.detach().to(device, copy=True)
         leaf.requires_grad_(not (row["frozen"] and name[0] == "p"))
     ends = run(leaves, len(states), len(tensors), norm)
     used = ends if row["through"] == "all" else ends[:1]
@@ -85,7 +85,8 @@ def results(run, row, given, dtype):
     grads = torch.autograd.grad(roots, wanted, cotangents, allow_unused=True)
     names = [name for name, leaf in leaves.items() if leaf.requires_grad]
     found = {f"end {k}": e.detach() for k, e in enumerate(ends)}
-    return found | {f"grad of {n}": g for n, g in zip(names, grads, strict=True)}
+    found |= {f"grad of {n}": g for n, g in zip(names, grads, strict=True)}
+    return {name: t if t is None else t.cpu() for name, t in found.items()}
 
 
 def by_torch(who, row):
@@ -101,7 +102,7 @@ def by_torch(who, row):
     return run
 
 
-def by_kernels(launcher, who, reading, row):
+def by_kernels(engine, who, reading, row):
     def run(leaves, states, parameters, norm):
         x = leaves["x"]
         of_norm = [None] * 4
@@ -117,7 +118,7 @@ def by_kernels(launcher, who, reading, row):
         v_init = tuple(0.0 if isinstance(s, torch.Tensor) else float(s) for s in starts)
         spec = spec_of(x, reading, bool(norm), row["norm"] == "fixed", saves=True)
         tensors = [leaves[f"parameter {k}"] for k in range(parameters)]
-        plan = launcher.cuda.ENGINE.plan(spec)
+        plan = engine.plan(spec)
         return apply_fused(plan, v_init, "", x, *given, *tensors, *of_norm)[: 1 + states]
 
     return run
@@ -125,6 +126,7 @@ def by_kernels(launcher, who, reading, row):
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_the_kernels_compute_what_a_step_computes(launcher, name):
+    engine = launcher.cuda.ENGINE
     who, _ = as_read(MAKERS[name]())
     rows = ROWS[list(MAKERS).index(name) % 5 :: 5]
     if any(t.dim() > 1 for t in who.tensors.values()):  # shaped for images
@@ -133,23 +135,23 @@ def test_the_kernels_compute_what_a_step_computes(launcher, name):
 
     def run_all():
         for row, reading in calls:
-            results(by_kernels(launcher, who, reading, row), row, draw(who, row, 0), None)
+            results(by_kernels(engine, who, reading, row), row, draw(who, row, 0), None)
 
     launcher.build(launcher.collect(run_all))  # together: faster than singly
     for row, reading in calls:
-        check(launcher, who, row, reading)
+        check(engine, who, row, reading)
 
 
-def check(launcher, who, row, reading):
+def check(engine, who, row, reading, device="cpu"):
     for seed in itertools.count():
         given = draw(who, row, seed)
         exact = results(by_torch(who, row), row, given, torch.float64)
-        plain = results(by_torch(who, row), row, given, None)
+        plain = results(by_torch(who, row), row, given, None, device)
         if all(
             t is None or (t.isfinite().all() and t.abs().max() < 1e4) for t in exact.values()
         ) and torch.equal(exact["end 0"].to(plain["end 0"]).round(), plain["end 0"].round()):
             break
-    got = results(by_kernels(launcher, who, reading, row), row, given, None)
+    got = results(by_kernels(engine, who, reading, row), row, given, None, device)
     assert got.keys() == exact.keys()
     for key, want in exact.items():
         have = got[key]
