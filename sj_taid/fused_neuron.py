@@ -246,16 +246,15 @@ def _find_call(
 
 
 def _numbers_of(node: Any, view: View) -> tuple[Any, ...]:
-    """What a call depends on but tensors, and whether it has hooks or functions of its own."""
-    numbers, hooked = view.numbers(node), not node.__dict__.keys().isdisjoint(view.functions)
+    """What a call depends on but tensors, and how many hooks and functions of its own it has."""
+    numbers, hooked = view.numbers(node), len(node.__dict__.keys() & view.functions)
     for name, attributes, functions in view.modules:
         module = node._modules.get(name)
         numbers += attributes(module)
-        if module is not None and not module.__dict__.keys().isdisjoint(functions):
-            hooked = True
+        if module is not None:
+            hooked += len(module.__dict__.keys() & functions)
         for hooks in HOOKS:
-            if getattr(module, hooks, None):
-                hooked = True
+            hooked += len(getattr(module, hooks, None) or ())
     for home, get in view.outside:
         numbers += (get(home),)
     for number in numbers:  # no function of ours for each, which would cost a tenth of a call

@@ -97,7 +97,7 @@ class Notes:
         for name in {*vars(module), *dir(type(module))} - _OF_MODULES:
             if is_plain(getattr(module, name, [])):
                 self.numbers[f"{path}.{name}"] = None
-            elif name in called:
+            elif name in called and callable(getattr(module, name, None)):
                 self.functions[f"{path}.{name}"] = None
         self.copies[id(copied)] = copied, dict(vars(copied))
         return copied

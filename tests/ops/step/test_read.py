@@ -517,6 +517,10 @@ def test_a_replaced_function_of_spikingjelly_is_seen(name, monkeypatch):
     accelerate(nn.Sequential(fast))
     x = torch.randn(3, 2, 4, 2, 3)
     check_equal(plain, fast, x)
+    for alpha in (torch.tensor(3.0), 2.0):  # a number that was a tensor is no function
+        for node in (plain, fast):
+            node.surrogate_function.alpha = alpha
+        check_equal(plain, fast, x)
     methods = {"neuronal_charge": lambda self, x: setattr(self, "v", self.v * 0.3 + x)}
     methods |= {"neuronal_fire": lambda self: self.surrogate_function(self.v - 0.2)}
     for method, function in methods.items():
