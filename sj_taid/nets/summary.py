@@ -80,14 +80,13 @@ def report_of(
     net: nn.Module, neurons: dict[str, Row], found: Found | None
 ) -> tuple[tuple[Row, ...], str]:
     """The rows of a report, and its first line; ``found`` is there if a step was run."""
-    readers = None if found is None else found.readers
     for path, why in found.unfused.items() if found else ():
         if neurons[path].state == "fused":
             neurons[path] = neurons[path]._replace(done="", note=why, state="left alone")
-    norms = {path: _norm_row(path, norm, readers) for path, norm in norms_of(net)}
+    norms = {path: _norm_row(path, norm, found) for path, norm in norms_of(net)}
     rows, fused = neurons | norms, sum(row.state == "fused" for row in neurons.values())
     head = f"{fused} of {len(neurons)} neurons on the fused operator, "
-    state, said = ("ready", "ready to be fused") if readers is None else ("fused", "fused")
+    state, said = ("ready", "ready to be fused") if found is None else ("fused", "fused")
     head += f"{sum(row.state == state for row in norms.values())} of {len(norms)} norms {said}"
     return tuple(rows[path] for path, _ in net.named_modules() if path in rows), head
 
@@ -106,7 +105,7 @@ def _is_norm(kind: type) -> bool:
     return re.fullmatch(r"[A-Za-z]\w*Norm(\dd)?", kind.__name__) is not None
 
 
-def _norm_row(path: str, norm: nn.Module, all_readers: dict[str, dict[str, bool]] | None) -> Row:
+def _norm_row(path: str, norm: nn.Module, found: Found | None) -> Row:
     """What has been done with a norm, or with its output."""
     kind = type(norm).__name__
     if not isinstance(norm, _BatchNorm):
@@ -115,19 +114,19 @@ def _norm_row(path: str, norm: nn.Module, all_readers: dict[str, dict[str, bool]
     if not isinstance(norm, AcceleratedNorm):
         reason = why_not_fused(norm) or "no neuron is on the fused operator"
         return Row(path, kind, "", reason, "left alone")
-    if all_readers is None:
+    if found is None:
         note = "fused into a neuron that reads it; example= says where"
         return Row(path, kind, "ready", note, "ready")
-    if (readers := all_readers.get(path)) is None:
+    if (readers := found.readers.get(path)) is None:
         return Row(path, kind, "", "not run", "left alone")
     fused = ", ".join(f"fused into {reader}" for reader, is_fused in readers.items() if is_fused)
-    others = ", ".join(r for r, is_fused in readers.items() if not is_fused and r != _ROUNDED)
+    others = ", ".join(reader for reader, is_fused in readers.items() if not is_fused)
     apart = f"{APART}{'' if others == NO_GRADIENT else 'read by '}{others}" if others else ""
     if fused:
         note = f"{_ROUNDED}{apart and f'; also {apart}'}"
         return Row(path, kind, fused, note, "fused")
     apart = apart or f"{APART}read by no neuron fused"
-    note = "; ".join(filter(None, (_ROUNDED if _ROUNDED in readers else "", apart)))
+    note = f"{_ROUNDED}; {apart}" if path in found.own_norms else apart
     return Row(path, kind, "", note, "left alone")
 
 
@@ -168,6 +167,7 @@ class Found(NamedTuple):
 
     #: by the path of each norm that ran: what has read its output, and whether as one operation
     readers: dict[str, dict[str, bool]]
+    own_norms: set[str]  #: the paths of norms that the engine's own has computed, not torch's
     unfused: dict[str, str]  #: the path of a neuron -> why no fused operator has run it
 
 
@@ -187,11 +187,11 @@ def watch_step(net: nn.Module, inputs: Any) -> Found:
     readers: dict[str, dict[str, bool]] = {}
     for path, source in sources:
         now = {NO_GRADIENT: False} if source is None else source.readers
-        if source is not None and source.is_own:  # the norm is not torch's own
-            now = now | {_ROUNDED: False}
         readers[path] = readers.get(path, {}) | now
+    own_norms = {path for path, source in sources if source is not None and source.is_own}
     engines = {path: find_engine(*about) for path, about in read.items()}
-    return Found(readers, {path: why for path, why in engines.items() if isinstance(why, str)})
+    unfused = {path: why for path, why in engines.items() if isinstance(why, str)}
+    return Found(readers, own_norms, unfused)
 
 
 def find_engine(dtype: torch.dtype, device: torch.device) -> Any:
@@ -202,8 +202,13 @@ def find_engine(dtype: torch.dtype, device: torch.device) -> Any:
 
 def _run_watched(net: nn.Module, inputs: Any, modules: dict[str, nn.Module], note: Any) -> None:
     """Run a step with ``note(path, module, args, output)`` called by each of these modules."""
+
+    def hook(path: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        note(path, module, (*args, *kwargs.values()), output)
+
     handles = [
-        module.register_forward_hook(partial(note, path)) for path, module in modules.items()
+        module.register_forward_hook(partial(hook, path), with_kwargs=True)
+        for path, module in modules.items()
     ]
     run_step(net, inputs)
     for handle in handles:

@@ -105,6 +105,27 @@ class As(nn.Module):
             return self.net(x if self.autocast else x.to(self.dtype))
 
 
+class ByKeyword(nn.Module):
+    """Gives a neuron its input by name."""
+
+    def __init__(self, node):
+        super().__init__()
+        self.node = node
+
+    def forward(self, x_seq):
+        return self.node(x_seq=x_seq)
+
+
+@pytest.mark.filterwarnings("ignore:backend 'numba' cannot take this call")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_neuron_may_be_called_by_keyword(dtype):
+    net = nn.Sequential(layer.Conv2d(2, 4, 3), layer.BatchNorm2d(4), ByKeyword(neuron.LIFNode()))
+    functional.set_step_mode(net, "m")
+    report = accelerate(net.to(dtype), images().to(dtype))
+    states = {row.layer: row.state for row in report.rows}
+    assert states["2.node"] == ("fused" if dtype == torch.float32 else "left alone")
+
+
 @pytest.mark.filterwarnings("ignore:backend 'numba' cannot take this call")
 @pytest.mark.parametrize("node", [ALIFNode, neuron.LIFNode, neuron.ParametricLIFNode])
 @pytest.mark.parametrize(
