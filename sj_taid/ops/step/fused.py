@@ -126,13 +126,15 @@ def _find_plan(
     numbers = _numbers_of(**options)
     shapes = x_seq.shape, x_seq.stride(), *[p.shape for p in parameters]
     key = engine, shapes, x_seq.dtype, x_seq.device, store_v_seq, saves, numbers
-    plan = PLANS.get(key)
-    if plan is None or numbers is None:
+    plan = None if numbers is None else PLANS.get(key)
+    if plan is None:
         reading = read_alif(x_seq.shape[1:], parameters, options, engine, x_seq.device)
         if isinstance(reading, str):
             raise NotRead(reading)
         spec = spec_of(x_seq, reading, store_v_seq=store_v_seq, saves=saves)
-        plan = PLANS.store(key, find_plan(engine, spec))
+        plan = find_plan(engine, spec)
+        if numbers is not None:
+            PLANS.store(key, plan)
     return plan
 
 

@@ -195,9 +195,8 @@ def _read_once(step: Step, states: int, parameters: Sequence[Tensor], shape: Any
         saved_tensors_hooks(_same, _same),  # not those of the caller
         torch.jit.optimized_execution(False),  # scripted functions, which change as they run
     ):
-        for seed in range(
-            16
-        ):  # until no mask chooses one neuron alone, which torch treats otherwise
+        # Until no mask chooses one neuron alone, which torch treats otherwise.
+        for seed in range(16):
             torch.default_generator.manual_seed(seed)
             inputs = [_example(shape) for _ in range(1 + states)]
             inputs += [_example(p.shape, p.dtype) for p in parameters]
@@ -358,7 +357,7 @@ class _Asked(TorchFunctionMode):
         result = func(*given[0], **given[1])
         is_asked = name in _ASKED or (isinstance(result, bool) and name not in _ALIKE)
         # SpikingJelly's surrogates ask whether to save for backward.
-        if is_asked and "spikingjelly." not in sys._getframe(1).f_globals["__name__"]:
+        if is_asked and not _calls_from_spikingjelly():
             raise self._note(f"asks for {name!r}, which may be another at the next call")
         if name in ("dim", "ndim", "ndimension"):
             return result
@@ -368,6 +367,12 @@ class _Asked(TorchFunctionMode):
         if type(result) is int:
             return result if result in known else _Size(result, self._note)
         return result
+
+
+def _calls_from_spikingjelly() -> bool:
+    """Whether code of SpikingJelly's called the function that calls this."""
+    home = sys._getframe(2).f_globals.get("__name__", "")
+    return home.partition(".")[0] == "spikingjelly"
 
 
 def _trace(step: Step, states: int, inputs: Any, upstream: Any) -> tuple[list[_Call], list[Any]]:
