@@ -175,6 +175,15 @@ def test_links_resolve(page):
         assert not anchor or anchor in anchors(target), link
 
 
+def test_pages_that_the_documentation_includes_link_to_its_pages():
+    for page in ROOT.glob("docs/*.md"):
+        for included, first in re.findall(r"{include} (\S+)\n.*\n:start-line: (\d+)", read(page)):
+            lines = read(page.parent / included).splitlines()[int(first) :]
+            links = re.findall(r"]\((?!https?:)([^)#]+)", "\n".join(lines))
+            assert links, included
+            assert not [link for link in links if not re.fullmatch(r"docs/[\w-]+\.\w+", link)]
+
+
 @pytest.mark.parametrize("name", ["sj_taid", *(f"sj_taid.{part}" for part in sj_taid._PARTS)])
 def test_api_lists_every_public_name(name):
     if f"automodule:: {name}\n   :members:\n" not in TEXTS["api"]:
