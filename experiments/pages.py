@@ -42,7 +42,7 @@ RESULTS = ROOT / "results"
 PAGES = [ROOT / "README.md", ROOT / "RESULTS.md", RESULTS / "README.md"]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
 BENCHMARKS = ROOT / "experiments" / "benchmark" / "results"
-EPYC, AVX2 = BENCHMARKS / "epyc-2-cores", BENCHMARKS / "epyc-avx2-2-cores"
+EPYC = BENCHMARKS / "epyc-2-cores"
 DATASETS = {
     "mnist": "MNIST",
     "fashion_mnist": "Fashion-MNIST",
@@ -457,8 +457,8 @@ def models() -> pd.DataFrame:
     return pd.DataFrame(rows).fillna("")
 
 
-def read_csv(name: str, folder: Path = EPYC) -> pd.DataFrame:
-    return pd.read_csv(folder / f"{name}.csv", keep_default_na=False)
+def read_csv(name: str) -> pd.DataFrame:
+    return pd.read_csv(EPYC / f"{name}.csv", keep_default_na=False)
 
 
 def show(name: str, columns: str, query: str = "index >= 0") -> pd.DataFrame:
@@ -468,10 +468,10 @@ def show(name: str, columns: str, query: str = "index >= 0") -> pd.DataFrame:
 
 
 def frontier() -> pd.DataFrame:
-    """Steps of whole nets; bfloat16 and ``torch.compile`` from the machine with AVX-512."""
-    rows = pd.concat([read_csv("frontier", folder) for folder in (AVX2, EPYC)])
+    """Steps of whole nets."""
+    rows = read_csv("frontier")
     rows["step"] = (rows["neuron"] + " " + rows["system"]).str.removesuffix(" SpikingJelly")
-    return rows.drop_duplicates(["net", "dtype", "T", "batch", "step"])
+    return rows
 
 
 def memory() -> pd.DataFrame:
