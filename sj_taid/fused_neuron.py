@@ -363,6 +363,7 @@ class InGraphs(NamedTuple):
     keys: dict[int, str]  #: the number of axes of a step -> the name of its reading
     numbers: tuple[tuple[tuple[str, ...], Any], ...]  #: attributes, and their values then
     modules: tuple[tuple[str, type], ...]  #: modules within, and their classes
+    functions: tuple[tuple[type, str, Any], ...]  #: of these classes, as they were then
     tensors: tuple[str, ...]
 
 
@@ -375,9 +376,14 @@ def note_for_graphs(node: Any, readings: dict[int, Reading]) -> None:
     keys = {axes: compiled.key_of(reading) for axes, reading in readings.items()}
     numbers = tuple((tuple(n.split(".")), attrgetter(n)(node)) for n in view.names)
     modules = tuple((name, type(node._modules.get(name))) for name, *_ in view.modules)
+    called: list[Any] = [(node._taid_kind, view.functions)]
+    called += [(type(node._modules.get(name)), within) for name, _, within in view.modules]
+    functions = [(k, n, getattr(k, n)) for k, names in called for n in names if hasattr(k, n)]
     plain = tuple((p, value) for p, value in numbers if type(value) in (*_NUMBERS, tuple))
     if len(plain) == len(numbers):
-        node.__dict__["_taid_in_graphs"] = InGraphs(keys, plain, modules, view.tensor_names)
+        node.__dict__["_taid_in_graphs"] = InGraphs(
+            keys, plain, modules, tuple(functions), view.tensor_names
+        )
 
 
 def run_in_graph(
@@ -395,7 +401,10 @@ def run_in_graph(
         value = node
         for name in path:
             value = getattr(value, name)
-        if value != wanted:
+        if value != wanted or type(value) is not type(wanted):
+            return None
+    for kind, name, function in known.functions:
+        if getattr(kind, name) is not function:
             return None
     for name, kind in known.modules:
         module = getattr(node, name)

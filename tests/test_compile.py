@@ -125,6 +125,27 @@ def test_a_change_after_compile_is_seen(name, value):
     torch.testing.assert_close(*found)
 
 
+@pytest.mark.skipif(not compat.FUNCTIONAL_STATES, reason="0.0.0.0.14 breaks graphs at its neurons")
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("of", ["neuron", "surrogate"])
+def test_a_replaced_method_is_seen_in_a_graph(of, when):
+    sigmoid = type("Own", (surrogate.Sigmoid,), {})
+    kind = type("Own", (own_neurons.Refractory,), {})
+    net = nn.Sequential(nn.Linear(4, 5), kind(surrogate_function=sigmoid()))
+    plain, x, operators = copy.deepcopy(net), torch.randn(3, 8, 4), Operators()
+    assert accelerate(net).rows[0].done
+    compiled = torch.compile(net, backend=operators)
+    if when == "after":
+        compiled(x)
+        assert operators.found == 1
+    if of == "neuron":
+        kind.step = lambda self, x, *states: super(kind, self).step(0.25 * x, *states)
+    else:
+        sigmoid.forward = lambda self, x: surrogate.Sigmoid.forward(self, x - 0.3)
+    functional.reset_net(net)
+    torch.testing.assert_close(compiled(x), plain(x))
+
+
 @pytest.mark.slow
 def test_compile_under_autocast():
     net, x = make_net(), inputs()
