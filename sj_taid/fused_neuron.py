@@ -366,6 +366,12 @@ class InGraphs(NamedTuple):
     functions: tuple[tuple[type, str, Any], ...]  #: of these classes, as they were then
     tensors: tuple[str, ...]
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> InGraphs:
+        return self
+
+    def __reduce__(self) -> Any:  # a pickle cannot take every function along
+        return type(None), ()
+
 
 def note_for_graphs(node: Any, readings: dict[int, Reading]) -> None:
     """Note what a neuron's readings, by their numbers of axes, depend on."""

@@ -1,6 +1,7 @@
 """torch.compile without graph breaks, autocast under it, and torch.func."""
 
 import copy
+import pickle
 import shutil
 
 import pytest
@@ -144,6 +145,18 @@ def test_a_replaced_method_is_seen_in_a_graph(of, when):
         sigmoid.forward = lambda self, x: surrogate.Sigmoid.forward(self, x - 0.3)
     functional.reset_net(net)
     torch.testing.assert_close(compiled(x), plain(x))
+
+
+@pytest.mark.skipif(not compat.FUNCTIONAL_STATES, reason="0.0.0.0.14 breaks graphs at its neurons")
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
+def test_a_copy_and_a_pickle_compile(copied, monkeypatch):
+    charge = own_neurons.Refractory.step
+    monkeypatch.setattr(own_neurons.Refractory, "step", lambda *args: charge(*args))
+    net = nn.Sequential(nn.Linear(4, 5), own_neurons.Refractory())
+    expected, x = copy.deepcopy(net), torch.randn(3, 8, 4)
+    accelerate(net)
+    compiled = torch.compile(copied(net), backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), expected(x))
 
 
 @pytest.mark.slow
