@@ -129,14 +129,16 @@ class CudaPlan(Plan):
 
     def start_backward(self, launches: Any, v_init: Any, *tensors: Any) -> None:
         first, last = self.first, self.last_operand + 4
-        operands, given = tensors[:last], tensors[last:][: first + 2]
-        if given[0] is None:  # unused spikes are too rare for kernels of their own
-            given = torch.zeros_like(operands[0]), *given[1:]
+        operands, upstream = tensors[:last], tensors[last:][: first + 2]
+        if upstream[0] is None:  # unused spikes are too rare for kernels of their own
+            upstream = torch.zeros_like(operands[0]), *upstream[1:]
         grad_x, *grads = tensors[last:][first + 2 :]
         grad_v0, (weight, bias, *totals) = grads[: first - 1], grads[first - 1 :]
-        run = launches(given[first] is not None, kernels.is_aligned(*operands[:first], *given))
+        run = launches(
+            upstream[first] is not None, kernels.is_aligned(*operands[:first], *upstream)
+        )
         norm, ab, v_init = operands[-4:], None, v_init or (0.0,)
-        padded = *self.pad(operands), *given[:first], *self.no_state, *given[first:]
+        padded = *self.pad(operands), *upstream[:first], *self.no_state, *upstream[first:]
         if run.first:
             ab, sums = self.new((2, self.spec.channels)), self.new(run.first.sums)
             nothing = [None] * max(1, len(grad_v0))
