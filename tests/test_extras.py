@@ -34,6 +34,7 @@ def run(code):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_import_is_light_and_names_missing_packages():
     done = run(CODE)
     assert done.returncode == 0, done.stderr

@@ -1,5 +1,6 @@
 """A run small enough for a test, through the real configs."""
 
+import logging
 import multiprocessing
 import os
 import re
@@ -21,6 +22,7 @@ from sj_taid.__main__ import main
 from sj_taid.training import load_model, run
 from sj_taid.training.config import compose
 from sj_taid.training.evaluate import evaluate
+from sj_taid.training.files import _LogFile
 from sj_taid.training.task import Task
 from sj_taid.training.train import train
 from tests.metric.pixels import Pixels, classifier
@@ -193,6 +195,16 @@ def trained(tmp_path_factory):
 def folder(finished, tmp_path):
     """A copy of the run that a module's fixture ``finished`` gives, to do things to."""
     return shutil.copytree(finished, tmp_path / "run")
+
+
+@pytest.fixture(autouse=True)
+def close_logs():
+    """Close a run's train.log, which lies in a folder that goes with the test."""
+    yield
+    for handler in [*logging.getLogger().handlers]:
+        if isinstance(handler, _LogFile):
+            logging.getLogger().removeHandler(handler)
+            handler.close()
 
 
 @pytest.fixture

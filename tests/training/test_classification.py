@@ -37,6 +37,7 @@ def test_configure_optimizers_takes_what_a_loss_learns(lr_scale):
     assert [rate for parameter, rate in learned if parameter is loss.scale] == [1e-3]
 
 
+@pytest.mark.slow
 def test_train_leaves_everything(trained):
     folder = trained(*TINY_CLASSIFICATION, "pictures=true")
     metrics = run.Run(folder).metrics
@@ -62,6 +63,7 @@ def test_train_learns_digits(tmp_path):
     assert fit(tmp_path, "task=classification", *small)["accuracy"] > 0.6
 
 
+@pytest.mark.slow
 def test_train_calibrates_a_new_run_alone(tmp_path, monkeypatch):
     start = ["neuron=lif", "neuron_start.calibrate=0.1", "neuron_start.v_threshold=4.0"]
     # A schedule that is the same when it resumes.

@@ -235,6 +235,7 @@ def test_help_has_a_line_for_each_key(sj_taid, capsys, command):
     assert {*explained} == {key.rpartition(".")[2] for key in keys} and "neuron" not in said
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_command_by_the_signal_without_a_traceback():
     """So a shell's loop ends with it."""
     code = (
@@ -289,6 +290,7 @@ class CtrlC(L.Callback):
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_interrupted_run_resumes_by_the_command_that_it_names(
     sj_taid, tmp_path, monkeypatch, capsys
 ):
@@ -330,6 +332,7 @@ def test_interrupted_run_resumes_by_the_command_that_it_names(
     assert "finished already" in capsys.readouterr().out and there.metrics == metrics
 
 
+@pytest.mark.slow
 def test_interrupted_sweep_goes_on_by_the_command_that_it_names(sj_taid, tmp_path, monkeypatch):
     custom = tmp_path / "one's own" / "callbacks" / "mine.yaml"
     custom.parent.mkdir(parents=True)
@@ -367,6 +370,7 @@ def test_resume_refuses_what_the_run_does_not_have(trained, sj_taid):
     assert run.Run(folder).config == before
 
 
+@pytest.mark.slow
 def test_resume_takes_choices_as_the_start_does(run_in_place, sj_taid, tmp_path):
     timer = "{_target_: lightning.pytorch.callbacks.Timer, duration: '00:01:00:00'}"
     run_in_place("~logger", "+trainer.max_steps=5", f"+callbacks.timer={timer}")

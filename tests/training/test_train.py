@@ -61,6 +61,7 @@ def test_train_command_leaves_everything_and_can_be_sampled(tmp_path, sj_taid, m
     assert not list(tmp_path.glob("outputs")) and not list(tmp_path.glob("*.log"))
 
 
+@pytest.mark.slow
 def test_train_for_a_time_and_keep_every_epoch(tmp_path):
     every = "{_target_: lightning.pytorch.callbacks.ModelCheckpoint, save_top_k: -1}"
     length = ["trainer.max_epochs=1000", "+trainer.max_time=00:00:00:02"]
@@ -148,6 +149,7 @@ def test_train_fetches_data_before_reading(tmp_path, monkeypatch):
     assert order[:2] == ["prepared", "loaded"] and order.count("loaded") == 1
 
 
+@pytest.mark.slow
 def test_train_repeats_with_the_same_seed(tmp_path):
     seeds = {"first": 1, "again": 1, "other": 0}
     runs = {name: fit(tmp_path / name, *UNMEASURED, f"seed={n}") for name, n in seeds.items()}
@@ -155,6 +157,7 @@ def test_train_repeats_with_the_same_seed(tmp_path):
     assert first == again != other
 
 
+@pytest.mark.slow
 def test_train_measures_the_same_after_a_kill_before_the_metrics(trained):
     job = [*TINY, "trainer.max_epochs=3", "trainer.limit_train_batches=null", "dataset.limit=300"]
     there = run.Run(trained(*job))
