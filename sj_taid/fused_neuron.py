@@ -30,6 +30,8 @@ from .ops.step.reference import state_dtype
 #: the kinds of tensors that a plan takes
 _TAKES = (Tensor, nn.Parameter, Kept)
 _NUMBERS = (bool, int, float, type(None), str, *BY_IDENTITY)
+#: what runs a sequence's steps
+_SEQUENCES = ("multi_step_forward", "multi_step_functional_forward")
 
 
 class View(NamedTuple):
@@ -176,7 +178,7 @@ def _look(node: Any, plans: Plans) -> View:
     own = [n for n in names if "." not in n and not isinstance(getattr(node, n), Tensor)]
     functions = tuple(n for n in notes.functions if "." not in n)
     kind = "_taid_kind" if isinstance(node, Accelerated) else "__class__"
-    called = (*functions, "multi_step_forward", "multi_step_functional_forward")
+    called = (*functions, *_SEQUENCES)
     own += [f"{kind}.{n}" for n in called if has(node, f"{kind}.{n}")]
     modules = []
     for module in notes.modules:
@@ -224,6 +226,9 @@ def _find_call(
                 if tensor is not None and tensor.requires_grad:
                     saves = True
         numbers = _numbers_of(node, view)
+        layouts: list[Any] = []  # a comprehension would be a frame
+        for tensor in tensors[1:]:
+            layouts.append(tensor if tensor is None else _layout_key(tensor))
     except AttributeError:  # a module within is another, a tensor a number, or a number is gone
         if _look(node, plans).key == view.key:
             raise
@@ -232,12 +237,12 @@ def _find_call(
         place: Any = x_seq.shape, x_seq.dtype, x_seq.device, x_seq.is_inference()
     else:
         place = x_seq._place, source.fixed  # type: ignore[attr-defined]
-    key = [place, x_seq.stride(), saves, flags, numbers, view.names, *states]
-    for tensor in tensors[1:]:
-        key.append(tensor if tensor is None else _layout_key(tensor))
-    known = tuple(key)
+    known = place, x_seq.stride(), saves, flags, numbers, view.names, *states, *layouts
     call = plans.get(known)
     if call is None:
+        is_gone = any(t is None for t in tensors[1 + len(states) :])
+        if is_gone and _look(node, plans).key != view.key:
+            return None
         call = _plan_call(node, x_seq, states, tensors, (*flags, saves), source)
         if _look(node, plans).key != view.key:
             return None
@@ -362,9 +367,10 @@ class InGraphs(NamedTuple):
 
     keys: dict[int, str]  #: the number of axes of a step -> the name of its reading
     numbers: tuple[tuple[tuple[str, ...], Any], ...]  #: attributes, and their values then
-    modules: tuple[tuple[str, type], ...]  #: modules within, and their classes
-    functions: tuple[tuple[type, str, Any], ...]  #: of these classes, as they were then
-    tensors: tuple[str, ...]
+    #: its own name "" and modules within; their classes; functions, and what these were then
+    modules: tuple[tuple[str, type, tuple[tuple[str, Any], ...]], ...]
+    tensors: tuple[tuple[str, torch.Size], ...]  #: and their shapes
+    channels: int  #: of the tensors of several values; 0 without
 
     def __deepcopy__(self, memo: dict[int, Any]) -> InGraphs:
         return self
@@ -381,15 +387,16 @@ def note_for_graphs(node: Any, readings: dict[int, Reading]) -> None:
         return  # numbers that torch.compile may not see
     keys = {axes: compiled.key_of(reading) for axes, reading in readings.items()}
     numbers = tuple((tuple(n.split(".")), attrgetter(n)(node)) for n in view.names)
-    modules = tuple((name, type(node._modules.get(name))) for name, *_ in view.modules)
-    called: list[Any] = [(node._taid_kind, view.functions)]
-    called += [(type(node._modules.get(name)), within) for name, _, within in view.modules]
-    functions = [(k, n, getattr(k, n)) for k, names in called for n in names if hasattr(k, n)]
-    plain = tuple((p, value) for p, value in numbers if type(value) in (*_NUMBERS, tuple))
-    if len(plain) == len(numbers):
-        node.__dict__["_taid_in_graphs"] = InGraphs(
-            keys, plain, modules, tuple(functions), view.tensor_names
-        )
+    called: list[Any] = [("", node._taid_kind, (*view.functions, *_SEQUENCES))]
+    called += [(name, type(node._modules.get(name)), names) for name, _, names in view.modules]
+    modules = tuple(
+        (name, kind, tuple((n, getattr(kind, n)) for n in names if hasattr(kind, n)))
+        for name, kind, names in called
+    )
+    tensors = tuple((name, getattr(node, name).shape) for name in view.tensor_names)
+    channels = max((shape.numel() for _, shape in tensors if shape.numel() != 1), default=0)
+    if all(type(value) in (*_NUMBERS, tuple) for _, value in numbers):
+        node.__dict__["_taid_in_graphs"] = InGraphs(keys, numbers, modules, tensors, channels)
 
 
 def run_in_graph(
@@ -401,30 +408,45 @@ def run_in_graph(
     if known is None or backends.resolve(node._fused_backend, x_seq).engine is None:
         return None
     key = known.keys.get(x_seq.dim() - 1, "")
-    if not compiled.is_known(key):
+    if not compiled.is_known(key) or not _is_as_noted(node, known):
         return None
+    dtype = state_dtype(x_seq.dtype)
+    dtypes = x_seq.dtype, dtype  # torch promotes tensors of several dtypes
+    if known.channels and x_seq.shape[2:3] != (known.channels,):
+        return None
+    for name, shape in known.tensors:
+        t = getattr(node, name)
+        if t is None or t.shape != shape or t.dtype not in dtypes[: 1 + (t.dim() == 0)]:
+            return None
+    for v in states.values():
+        if isinstance(v, Tensor) and (v.shape != x_seq.shape[1:] or v.dtype not in dtypes):
+            return None
+    x_seq = x_seq if is_dense(x_seq) else x_seq.contiguous()
+    starts = [v.to(dtype) if isinstance(v, Tensor) else None for v in states.values()]
+    v_init = [0.0 if isinstance(v, Tensor) else float(v) for v in states.values()]
+    parameters = [getattr(node, name).to(dtype).contiguous() for name, _ in known.tensors]
+    return compiled.run(x_seq, starts, v_init, parameters, key, store_v_seq)
+
+
+def _is_as_noted(node: Any, known: InGraphs) -> bool:
+    """Whether a neuron reads the numbers and functions that it read when it was accelerated."""
     for path, wanted in known.numbers:
         value = node
         for name in path:
             value = getattr(value, name)
         if value != wanted or type(value) is not type(wanted):
-            return None
-    for kind, name, function in known.functions:
-        if getattr(kind, name) is not function:
-            return None
-    for name, kind in known.modules:
-        module = getattr(node, name)
-        if type(module) is not kind:
-            return None
-        for hooks in HOOKS:
+            return False
+    for name, kind, functions in known.modules:
+        module = getattr(node, name) if name else node
+        if name and type(module) is not kind:
+            return False
+        for function, wanted in functions:
+            if function in module.__dict__ or getattr(kind, function) is not wanted:
+                return False
+        for hooks in HOOKS if name else ():
             if len(getattr(module, hooks)) > 0:
-                return None
-    dtype = state_dtype(x_seq.dtype)
-    x_seq = x_seq if is_dense(x_seq) else x_seq.contiguous()
-    starts = [v.to(dtype) if isinstance(v, Tensor) else None for v in states.values()]
-    v_init = [0.0 if isinstance(v, Tensor) else float(v) for v in states.values()]
-    parameters = [getattr(node, name).to(dtype).contiguous() for name in known.tensors]
-    return compiled.run(x_seq, starts, v_init, parameters, key, store_v_seq)
+                return False
+    return True
 
 
 def _layout_key(tensor: Tensor) -> tuple[Any, ...]:

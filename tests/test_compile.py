@@ -3,6 +3,7 @@
 import copy
 import pickle
 import shutil
+from types import MethodType
 
 import pytest
 import torch
@@ -145,6 +146,64 @@ def test_a_replaced_method_is_seen_in_a_graph(of, when):
         sigmoid.forward = lambda self, x: surrogate.Sigmoid.forward(self, x - 0.3)
     functional.reset_net(net)
     torch.testing.assert_close(compiled(x), plain(x))
+
+
+class Scaled(own_neurons.Refractory):
+    """One with a parameter."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.scale = nn.Parameter(scale)
+
+    def step(self, x, *states):
+        return super().step(x if self.scale is None else x * self.scale, *states)
+
+
+def set_step(node):
+    node.step = MethodType(lambda self, x, *states: type(self).step(self, 2 * x, *states), node)
+
+
+#: what may change of a neuron after accelerate
+CHANGES = {
+    "nothing": lambda node: None,
+    "one value": lambda node: setattr(node, "scale", nn.Parameter(torch.tensor(0.5))),
+    "a shape": lambda node: setattr(node, "scale", nn.Parameter(torch.full((3, 5), 0.6))),
+    "no parameter": lambda node: setattr(node, "scale", None),
+    "float64": lambda node: node.double(),
+    "an own function": set_step,
+    "a state's dtype": lambda node: setattr(node, "v", torch.full((3, 5), 0.3).double()),
+}
+
+
+@pytest.mark.skipif(not compat.FUNCTIONAL_STATES, reason="0.0.0.0.14 breaks graphs at its neurons")
+@pytest.mark.parametrize("scale", [torch.rand(5), torch.tensor(0.7)], ids=["channels", "one"])
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.filterwarnings("ignore:.*is not fused")
+def test_whatever_changes_a_graph_computes_what_the_step_does(change, scale):
+    plain, x = Scaled(scale), torch.randn(4, 3, 5)
+    fast = copy.deepcopy(plain)
+    accelerate(nn.Sequential(fast))
+    compiled, found = torch.compile(fast, backend="aot_eager"), []
+    compiled(x)
+    functional.reset_net(fast)
+    for node, run in ((plain, plain), (fast, compiled)):
+        CHANGES[change](node)
+        leaf = x.clone().requires_grad_()
+        y = run(leaf)
+        y.sum().backward()
+        found.append([y.detach(), leaf.grad, node.v.detach()])
+    torch.testing.assert_close(found[1], found[0])
+
+
+@pytest.mark.skipif(not compat.FUNCTIONAL_STATES, reason="0.0.0.0.14 breaks graphs at its neurons")
+@pytest.mark.parametrize("batch", [2, 50])
+def test_a_forgotten_reset_is_an_error_in_a_graph(batch):
+    node = neuron.SimpleLIFNode(tau=2.0, decay_input=True, step_mode="m")
+    accelerate(nn.Sequential(node))
+    compiled = torch.compile(node, backend="aot_eager")
+    compiled(torch.randn(4, 3, 5))
+    with pytest.raises(RuntimeError, match="size"):
+        compiled(torch.randn(4, batch, 5))
 
 
 @pytest.mark.skipif(not compat.FUNCTIONAL_STATES, reason="0.0.0.0.14 breaks graphs at its neurons")

@@ -211,7 +211,10 @@ def detach_state(state: dict[str, Any]) -> dict[str, Any]:
     """The attributes of a neuron for a copy or pickle, without the graphs of its voltages."""
 
     def detach(values: dict[str, Any]) -> dict[str, Any]:
-        return {n: v.detach() if isinstance(v, Tensor) else v for n, v in values.items()}
+        return {
+            n: v.detach() if isinstance(v, Tensor) and not v.is_leaf else v
+            for n, v in values.items()
+        }
 
     return detach(state) | {"_memories": detach(state["_memories"])}
 

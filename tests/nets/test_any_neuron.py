@@ -17,6 +17,7 @@ from sj_taid._internal import graph
 from sj_taid._internal.compat import FUNCTIONAL_STATES
 from sj_taid.fused_neuron import Accelerated
 from sj_taid.ops.surrogate import MultiLevelSpikeCount
+from tests.nets import own_neurons
 from tests.nets.own_neurons import (
     GLIF,
     OWN,
@@ -261,3 +262,44 @@ def test_spikes_below_zero_come_back_from_four_bits(steps, shape):
         } and size <= spikes.numel() // 2 + 8
     (spikes * weight).pow(1).sum().backward()
     assert weight.grad == spikes.sum()
+
+
+class Biased(own_neurons.Refractory):
+    """It has a parameter, or a number, or none."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.tensor(0.3))
+
+    def step(self, x, *states):
+        return super().step(x if self.bias is None else x + self.bias, *states)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.filterwarnings("ignore:.*is not fused")
+def test_a_parameter_that_goes_and_comes_back(grad):
+    plain, x = Biased(), torch.randn(3, 2, 4)
+    fast = copy.deepcopy(plain)
+    sj_taid.accelerate(nn.Sequential(fast))
+    parameter = plain.bias
+    for bias in (parameter, None, parameter, 0.2, torch.tensor(0.4), None, 0.2, parameter):
+        outputs = []
+        for node in (plain, fast):
+            node.__dict__.pop("bias", None)
+            node._parameters.pop("bias", None)
+            node.bias = bias
+            functional.reset_net(node)
+            with torch.set_grad_enabled(grad):
+                outputs.append(node(x))
+        assert torch.equal(*outputs), bias
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
+def test_a_copy_shares_what_the_net_shares(copied):
+    net = nn.Sequential(own_neurons.Refractory(), own_neurons.Refractory())
+    net[0].shared = net[1].shared = torch.ones((), requires_grad=True)
+    sj_taid.accelerate(net)
+    net(torch.randn(3, 2, 4, requires_grad=True))
+    again = copied(net)
+    assert again[0].shared is again[1].shared and again[0].shared.requires_grad
+    assert again[0].v.grad_fn is None

@@ -42,7 +42,7 @@ class Notes:
         """Note an attribute; gives what stands for it."""
         _, tensors, home = vars(owner)["_taid_notes"]
         path = home + name
-        if name in _OF_MODULES or name.startswith("__"):
+        if name in _OF_MODULES:
             return value
         if isinstance(value, nn.Module):
             return self._note_module(owner, path, value)
@@ -60,7 +60,9 @@ class Notes:
         if isinstance(value, FunctionType | BuiltinFunctionType | MethodType):
             if hasattr(type(owner), name):
                 raise NotRead(f"calls {path!r}, which was replaced in this neuron alone")
-            self.outside |= check_code(type(owner), getattr(value, "__func__", value))
+            if not is_fixed(value):
+                raise NotRead(f"calls {path!r}, a method of an object, which may change unseen")
+            self.outside |= check_code(type(owner), value)
         elif not is_plain(value):
             kind = type(value).__name__
             raise NotRead(

@@ -5,8 +5,9 @@ import math
 import random
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import partial, wraps
 from operator import attrgetter
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -447,6 +448,135 @@ def test_a_number_from_outside_is_read_and_its_change_seen(where):
         with pytest.raises(TypeError):
             fast(x)
     change(2.0)
+
+
+class Gate(torch.autograd.Function):
+    gain = 2.0
+
+    @staticmethod
+    def forward(ctx, x):
+        return (x >= 0.5).to(x) * Gate.gain
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * Gate.gain
+
+
+CONSTANTS = ModuleType("constants")
+CONSTANTS.Inner = type("Inner", (Config,), {})
+
+
+class Reader(Looks):
+    gain, gate = 2.0, Gate
+
+    def by_own_name(self, x, v):
+        return Reader.gain
+
+    def by_cell(self, x, v):
+        return __class__.gain
+
+    def with_default(self, x, v, gains=CONSTANTS):
+        return gains.Inner.gain
+
+    def with_list(self, x, v, gains=LIST):
+        return gains[0]
+
+    def imports(self, x, v):
+        from tests.ops.step.test_read import NUMBER
+
+        return NUMBER
+
+
+def decorated(function):
+    @wraps(function)
+    def wrapper(self, x, v):
+        return function(self, x, v) * NUMBER
+
+    return wrapper
+
+
+def with_gain(x):
+    return x * with_gain.gain
+
+
+#: reads what :func:`change_all` changes, in ways that are seen or refused
+WAYS = {
+    "a class's own name": Reader.by_own_name,
+    "a class's cell": Reader.by_cell,
+    "a module as a default": Reader.with_default,
+    "a list as a default": Reader.with_list,
+    "an import": Reader.imports,
+    "a decorator": decorated(lambda self, x, v: 1.0),
+    "a class of a module": lambda self, x, v: CONSTANTS.Inner.gain,
+    "a Function": lambda self, x, v: Gate.apply(x),
+    "a Function of the class": lambda self, x, v: self.gate.apply(x),
+    "an attribute of a function": lambda self, x, v: with_gain(x),
+    "getattr": lambda self, x, v: getattr(Config, "gain"),  # noqa: B009
+    "a Function's apply": lambda self, x, v: self.function(x),
+    "a method of the neuron": lambda self, x, v: self.method(x, v),
+    "a method of another object": lambda self, x, v: self.other(x, v),
+    "a method of a list": lambda self, x, v: self.item(0),
+}
+
+
+def change_all(value):
+    for home in (Reader, Gate, Config, with_gain):
+        home.gain = value
+    LIST[0] = value
+    set_global("NUMBER", value)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_a_step_reads_is_seen_or_it_is_not_read(way):
+    change_all(2.0)
+    plain = type("Own", (Reader,), {})(WAYS[way], function=Gate.apply, item=LIST.__getitem__)
+    plain.method, plain.other = plain.by_own_name, Reader(WAYS[way]).by_own_name
+    fast = copy.deepcopy(plain)
+    accelerate(nn.Sequential(fast))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for value in (2.0, 0.25, 3.0):
+            change_all(value)
+            check_equal(plain, fast, torch.randn(3, 2, 4, 2, 3))
+    change_all(2.0)
+
+
+class Written:
+    last = None
+
+
+def counter():
+    calls = 0.0
+
+    def count(self, x, v):
+        nonlocal calls
+        calls += 1.0
+        return calls
+
+    return count
+
+
+def writes_to_a_class(self, x, v):
+    Written.last = x
+    return 1.0
+
+
+def writes_a_global(self, x, v):
+    global NUMBER
+    NUMBER = NUMBER + 1.0
+    return 1.0
+
+
+@pytest.mark.parametrize("look", [counter(), writes_to_a_class, writes_a_global])
+def test_a_step_that_writes_outside_of_it_is_not_run_to_be_read(look):
+    node = type("Writing", (Looks,), {})(look)
+    (row,) = accelerate(nn.Sequential(node)).rows
+    assert not row.done and "outside of it" in row.note, row
+    assert Written.last is None and NUMBER == 2.0
+    node(torch.ones(2, 3, 4))
+    assert look is not writes_to_a_class or type(Written.last) is torch.Tensor
+    Written.last = None
+    set_global("NUMBER", 2.0)
 
 
 def test_a_closures_number_and_a_function_of_the_neurons_own_are_read():
