@@ -361,8 +361,8 @@ class ALIFNode(FusedNeuron, compat.BaseNode):
         if bound is not None and not threshold.is_meta and threshold.lt(bound).any():
             warnings.warn(
                 f"{prefix}v_threshold={threshold.min().item():.4g} was loaded, below "
-                f"min_v_threshold={bound:.4g} of this net, which takes its place: if the net that "
-                "was saved had another bound, give this one the same",
+                f"min_v_threshold={bound:.4g} of this net, which takes its place: to keep what was "
+                "saved, give ALIFNode or swap_neurons min_v_threshold=None, or the saved net's",
                 stacklevel=2,
             )
 

@@ -216,8 +216,8 @@ class SpikingVAE(nn.Module):
         labels = None
         if label is not None:
             expected = (
-                f"label must be one of {self.labels}, which an ESVAE's flow learns by "
-                f"model.fit_prior(images, labels=...), or a list of {n} of them"
+                f"label must be one of {self.labels}, or a list of {n} of them; an ESVAE's flow "
+                "learns them by model.fit_prior(images, labels=...), or comes with pretrained=True"
             )
             labels = check_labels(label, n, self.labels, expected)
         with eval_mode(self), torch.no_grad():

@@ -58,11 +58,11 @@ class DescribedNeuron:
         kind: its class, and where that is defined.
         equation: a step as it is read, one equation after the other, where ``x`` is the input,
             ``s`` the output, and ``v'`` the state ``v`` after the step; or why it is not read.
-        numbers: the values of the attributes in the equation.
+        numbers: the values of the attributes in the equation, and of parameters that do not learn.
         surrogate: its surrogate function, with numbers.
         options: whether the reset is detached, and the step mode.
         outputs: the range of its outputs, if they are whole numbers.
-        learned: a :class:`Learned` of each parameter.
+        learned: a :class:`Learned` of each parameter that learns.
     """
 
     layer: str
@@ -135,7 +135,7 @@ class Description:
 
     def __str__(self) -> str:
         groups = self._groups()
-        lines = [f"{len(self.rows)} neurons, {len(groups)} kinds"]
+        lines = [f"neurons: {len(self.rows)}, kinds: {len(groups)}"]
         for row, layers in groups:
             more = f" and {len(layers) - 1} more" if len(layers) > 1 else ""
             cells = row.cells() | {"layer": layers[0] + more}
@@ -208,20 +208,22 @@ def _describe(site: Site) -> DescribedNeuron:
     function = getattr(node, "surrogate_function", None)
     options = [name for name in ("detach_reset", "step_mode") if hasattr(node, name)]
     equation, numbers, outputs = _equation_of(node, kind)
+    parameters = [
+        (p.requires_grad, Learned(name, p.numel(), *map(float, p.detach().aminmax())))
+        for name, p in node.named_parameters()
+        if p.numel()
+    ]
+    fixed = [str(p).replace(": ", " = ", 1) for learns, p in parameters if not learns]
     return DescribedNeuron(
         " = ".join(site.paths) or "net",
         f"{kind.__module__}.{kind.__qualname__}",
         equation,
-        numbers,
+        ", ".join(filter(None, (numbers, *fixed))),
         # that of a function has its address
         getattr(function, "__qualname__", "" if function is None else str(function)),
         ", ".join(f"{name} = {getattr(node, name)}" for name in options),
         outputs,
-        tuple(
-            Learned(name, p.numel(), *map(float, p.detach().aminmax()))
-            for name, p in node.named_parameters()
-            if p.numel()
-        ),
+        tuple(p for learns, p in parameters if learns),
     )
 
 

@@ -68,7 +68,8 @@ def main(command: str, arguments: Sequence[str]) -> None:
             )
         if keys & {"-m", "--multirun"}:
             end_workers_with_sweep()
-        sys.argv[1:] = arguments
+        # argparse takes no choices after an option's value
+        sys.argv[1:] = sorted(arguments, key=lambda a: not re.match(r"~|[^-].*=", a))
         with explain_sweep(command, arguments):
             hydra.main(CONF, command, VERSION)(run_job)()
     except Exception as error:

@@ -96,6 +96,16 @@ def test_surrogates_learned_numbers_and_classes_differ():
     assert all((a == b) == (i == j) for i, a in enumerate(texts) for j, b in enumerate(texts))
 
 
+def test_parameters_that_do_not_learn_are_numbers():
+    net = nn.Sequential(neuron.IFNode(), neuron.LIFNode())
+    sj_taid.swap_neurons(net, learn_tau=False, learn_threshold=False)
+    net[1].v_threshold.requires_grad_(True)
+    rows = describe(net).rows
+    assert rows[0].learned == () and "v_threshold = 1" in rows[0].numbers
+    assert "w = -" in rows[0].numbers and "w = 0" in rows[1].numbers
+    assert [str(learned) for learned in rows[1].learned] == ["v_threshold: 1"]
+
+
 def test_accelerated_net_has_the_same_description():
     net = nn.Sequential(nn.Linear(3, 3), ALIFNode(step_mode="m"), neuron.LIFNode(step_mode="m"))
     before = describe(net)
@@ -110,7 +120,7 @@ def test_csv_and_print_fold_neurons_that_learned_other_numbers(tmp_path):
     table = pd.read_csv(tmp_path / "neurons.csv", keep_default_na=False)
     assert table["layer"].tolist() == ["0, 1, 2", "3"]
     assert "v_threshold: 3 values, 0.5 to 1.5" in table["learned"][0]
-    assert "layer      0 and 2 more" in str(found) and "4 neurons, 2 kinds" in str(found)
+    assert "layer      0 and 2 more" in str(found) and "neurons: 4, kinds: 2" in str(found)
 
 
 @pytest.mark.parametrize("step_mode", ["s", "m"])

@@ -302,7 +302,7 @@ def test_interrupted_run_resumes_by_the_command_that_it_names(
     monkeypatch.chdir(place)
     there = run.Run(place / "one's größe, lr=0 #2")  # not as a sweep names it
     folder = shlex.split(config.argument("hydra.run.dir", there.folder))
-    options = ["callbacks=mine", "trainer.max_epochs=3", "--config-dir", str(custom.parent)]
+    options = ["callbacks=mine", "--config-dir", str(custom.parent), "trainer.max_epochs=3"]
     trust = f"trust=[{__name__}.CtrlC]"
     with pytest.raises(KeyboardInterrupt, match=r"Stopped\. Give the same command again"):
         sj_taid("train", *UNMEASURED, trust, *folder, *options)

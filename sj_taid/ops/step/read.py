@@ -402,6 +402,10 @@ def _trace(step: Step, states: int, inputs: Any, upstream: Any) -> tuple[list[_C
         if recorder.error is not None:
             raise recorder.error from error
         text = str(error).strip().partition("\n")[0]
+        if "in-place operation" in text:  # of a leaf
+            raise NotRead(
+                "changes in place what it is given: write h = h + x for h += x"
+            ) from error
         raise NotRead(f"could not be traced: {type(error).__name__}: {text}"[:200]) from error
     if recorder.error is not None:
         raise recorder.error

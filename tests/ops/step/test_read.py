@@ -405,6 +405,7 @@ REFUSED = {
     "scripted function that asks for 'size'": (lambda self, x, v: by_script(x), {}),
     "a part of a tensor": (lambda self, x, v: with_item(torch.zeros_like(x), 1), {}),
     "in place what it is given": (lambda self, x, v: v.detach().mul_(2), {}),
+    "in place what it is given: write": (lambda self, x, v: x.mul_(2), {}),
     "does not have": (lambda self, x, v: self.nothing, {}),
     "at the size of its input": (
         lambda self, x, v: self.p.expand_as(x).sum(),
