@@ -165,7 +165,7 @@ class _Walk:
                 return
             self.seen.add(looked)
             self._attributes(name, value, names)
-            if isinstance(value, type) and value not in (*owner.__mro__, *self.seen):
+            if isinstance(value, type) and value not in owner.__mro__ and value not in self.seen:
                 self.seen.add(value)
                 for method in [m for m in vars(value) if m[:2] != "__" or m == "__call__"]:
                     self.method(value, method)
