@@ -387,7 +387,7 @@ def note_for_graphs(node: Any, readings: dict[int, Reading]) -> None:
         return  # numbers that torch.compile may not see
     keys = {axes: compiled.key_of(reading) for axes, reading in readings.items()}
     numbers = tuple((tuple(n.split(".")), attrgetter(n)(node)) for n in view.names)
-    called: list[Any] = [("", node._taid_kind, (*view.functions, *_SEQUENCES))]
+    called: list[Any] = [("", node._taid_kind, {*view.functions, *_SEQUENCES})]
     called += [(name, type(node._modules.get(name)), names) for name, _, names in view.modules]
     modules = tuple(
         (name, kind, tuple((n, getattr(kind, n)) for n in names if hasattr(kind, n)))

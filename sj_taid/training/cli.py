@@ -68,8 +68,7 @@ def main(command: str, arguments: Sequence[str]) -> None:
             )
         if keys & {"-m", "--multirun"}:
             end_workers_with_sweep()
-        # argparse takes no choices after an option's value
-        sys.argv[1:] = sorted(arguments, key=lambda a: not re.match(r"~|[^-].*=", a))
+        sys.argv[1:] = choices_first(arguments)
         with explain_sweep(command, arguments):
             hydra.main(CONF, command, VERSION)(run_job)()
     except Exception as error:
@@ -78,6 +77,21 @@ def main(command: str, arguments: Sequence[str]) -> None:
         sys.exit(format_error(error, command))
     finally:
         os.environ["HYDRA_FULL_ERROR"] = before or "0"
+
+
+def choices_first(arguments: Sequence[str]) -> list[str]:
+    """The arguments with ``KEY=VALUE`` before options, behind whose values argparse takes none.
+
+    >>> choices_first(["--config-dir", "a=b", "seed=1"])
+    ['seed=1', '--config-dir', 'a=b']
+    """
+    folders = "--config-dir", "-cd", "--config-path", "-cp"
+    choices: list[str] = []
+    others: list[str] = []
+    for before, word in zip(["", *arguments], arguments, strict=False):
+        is_choice = re.match(r"~|[^-].*=", word) and before not in folders
+        (choices if is_choice else others).append(word)
+    return choices + others
 
 
 def find_main(command: str) -> Any:

@@ -334,7 +334,7 @@ def test_interrupted_run_resumes_by_the_command_that_it_names(
 
 @pytest.mark.slow
 def test_interrupted_sweep_goes_on_by_the_command_that_it_names(sj_taid, tmp_path, monkeypatch):
-    custom = tmp_path / "one's own" / "callbacks" / "mine.yaml"
+    custom = tmp_path / "one's=own" / "callbacks" / "mine.yaml"
     custom.parent.mkdir(parents=True)
     custom.write_text(text := f"ctrl_c:\n  _target_: {__name__}.CtrlC\n  epoch: 0\n")
     monkeypatch.chdir(tmp_path)
