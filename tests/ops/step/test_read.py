@@ -3,7 +3,6 @@
 import copy
 import math
 import random
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial, wraps
 from operator import attrgetter
@@ -45,11 +44,9 @@ SAME = [
     *(lambda a: torch.stack([a])[0], lambda a: a + torch.zeros_like(a).fill_(0.2), lambda a: a / 3),
 ]
 PAIRS = [
-    *(torch.add, torch.sub, torch.mul, lambda a, b: torch.add(a, b, alpha=2), torch.addcmul),
+    *(torch.add, torch.sub, torch.mul, lambda a, b: torch.add(a, b, alpha=2)),
     *(lambda a, b: a / (b * b + 1), lambda a, b: a.clone().mul_(b).add_(0.5)),
 ]
-PAIRS.remove(torch.addcmul)
-BRANCHES_OF_PAIRS = [torch.minimum, torch.maximum, lambda a, b: torch.where(a > b, a, b * 0.5)]
 
 
 def put(a, b):
@@ -65,22 +62,17 @@ def with_item(z, value):
     return z
 
 
-BRANCHES_OF_PAIRS.append(put)
+BRANCHES_OF_PAIRS = [
+    *(torch.minimum, torch.maximum, put, lambda a, b: torch.where(a > b, a, b * 0.5)),
+]
 #: what must be seen for what it is: not pointwise, random, of a shape, or known at the call alone
 POISON = [
-    *(lambda a: a.flip(0), lambda a: a.roll(1, 0), lambda a: a.cumsum(0), lambda a: a.softmax(-1)),
-    *(lambda a: a - a.mean(), lambda a: a - a.sum(0, keepdim=True), lambda a: a - a.amax(1, True)),
-    *(lambda a: a.sort(0).values, lambda a: a + torch.rand(1), lambda a: a + torch.rand_like(a)),
-    *(lambda a: a * a.flatten()[0].item(), lambda a: a if a.sum() > 0 else -a),
-    lambda a: a / len(a),
-    *(lambda a: a / a.numel(), lambda a: a / a.shape[1], lambda a: a + torch.as_tensor(a.tolist())),
-    *(lambda a: a.bernoulli(), lambda a: torch.dropout(a, 0.5, True)),
-    lambda a: a * (a @ a.mT).mean(),
-    *(lambda a: a + torch.ones_like(a).cumsum(0), lambda a: a * torch.ones_like(a).softmax(0)),
-    *(lambda a: a + with_item(torch.zeros_like(a), 1), lambda a: with_item(a, 1)),
-    *(lambda a: a + torch.cat([a[:1] * 0, torch.ones_like(a[1:])]), lambda a: a.double().float()),
-    *(lambda a: a + torch.zeros_like(a).cauchy_(), lambda a: a * torch.ones_like(a).norm()),
-    *(lambda a: a.double() * 2, lambda a: (a > 0) + (a > 1) + 0 * a, lambda a: a.half().float()),
+    *(lambda a: a.flip(0), lambda a: a.cumsum(0), lambda a: a.softmax(-1)),
+    *(lambda a: a - a.amax(1, True), lambda a: a.sort(0).values, lambda a: a + torch.rand(1)),
+    *(lambda a: a + torch.as_tensor(a.tolist()), lambda a: a + torch.ones_like(a).cumsum(0)),
+    *(lambda a: with_item(a, 1), lambda a: a + torch.zeros_like(a).cauchy_()),
+    *(lambda a: a + torch.cat([a[:1] * 0, torch.ones_like(a[1:])]), lambda a: a.double() * 2),
+    *(lambda a: (a > 0) + (a > 1) + 0 * a, lambda a: a.half().float()),
     *(lambda a: a + torch.empty_like(a), lambda a: a.view(-1).view(a.shape), lambda a: a.t().t()),
     *(lambda a: a + torch.arange(a.shape[-1]), lambda a: torch.where(a > 0, a > 1, a > -1) * a),
     *(lambda a: a * torch.ones(a.shape[1]).sum(), lambda a: a + torch.eye(1).sum() * a.dim()),
@@ -101,18 +93,15 @@ class Random:
         of_each = [torch.Size(()), torch.Size(channels), torch.Size((1, *channels))]
         self.sizes = [rng.choice(of_each) for _ in range(rng.randrange(4))]
         ones = SAME + (SMOOTH if seed % 2 else BRANCHES)
-        twos = PAIRS[:-1] + (PAIRS[-1:] if seed % 2 else BRANCHES_OF_PAIRS)
+        twos = PAIRS + ([] if seed % 2 else BRANCHES_OF_PAIRS)
         many, self.lines = 1 + self.states, []
         for k in range(rng.randrange(4, 9)):
             kind = rng.random()
             if kind < 0.45 or k == len(self.sizes) == 0:
                 line = rng.choice(twos), rng.randrange(many), rng.randrange(many)
             elif kind < 0.7 and self.sizes:
-                line = (
-                    rng.choice(["scale", "shift", "gate"]),
-                    rng.randrange(many),
-                    rng.randrange(len(self.sizes)),
-                )
+                way = rng.choice(["scale", "shift", "gate"])
+                line = way, rng.randrange(many), rng.randrange(len(self.sizes))
             else:
                 line = rng.choice(ones), rng.randrange(many), None
             self.lines.append(line)
@@ -202,7 +191,7 @@ def check(step):
     return True
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(8))
 def test_a_random_step_is_read_and_equal(seed):
     assert check(Random(seed))
 
@@ -241,7 +230,48 @@ class Looks(Plain):
         return super().step(x * self.look(x, v), v)
 
 
+def looking(look, kind=Looks, **attributes):
+    """A neuron of a class of its own."""
+    return type("Looking", (kind,), {})(look, **attributes)
+
+
+def read_images(node):
+    return read_neuron(node, (2, 4, 3, 5), compat.step_of(type(node)), cpu.ENGINE, "cpu")
+
+
+def pair(plain, done=True):
+    """A neuron, and an accelerated copy of it."""
+    plain.step_mode = "m"
+    fast = copy.deepcopy(plain)
+    (row,) = accelerate(nn.Sequential(fast)).rows
+    assert row.done or not done, row
+    return plain, fast
+
+
+def check_equal(*nodes, x=None, reset=True):
+    """Call both, and compare what they give, their states and the gradient."""
+    seen = []
+    x = torch.randn(3, 2, 4, 2, 3) if x is None else x
+    for node in nodes:
+        if reset:
+            functional.reset_net(node)
+        leaf = x.clone().requires_grad_()
+        try:
+            y = node(leaf)
+            y.backward(torch.ones_like(y))
+            functional.detach_net(node)
+        except (RuntimeError, TypeError, AttributeError) as error:
+            seen.append(str(error))
+        else:
+            states = [torch.as_tensor(v) for n, v in node._memories.items() if n != "v_seq"]
+            seen.append([y.detach(), leaf.grad, *states])
+    assert type(seen[0]) is type(seen[1]), seen
+    if isinstance(seen[0], list):
+        torch.testing.assert_close(seen[1], seen[0], rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
 GLOBAL = torch.tensor(0.5)
+NUMBER, LIST = 2.0, [2.0]
 
 
 def closure(value):
@@ -256,13 +286,6 @@ def sets(self, x, v):
 def writes(self, x, v):
     object.__setattr__(self, "calls", 1)
     return 1.0
-
-
-NUMBER, LIST, FUNCTION = 2.0, [2.0], partial(torch.mul, other=2.0)
-
-
-class Config:
-    gain = 2.0
 
 
 @torch.jit.script
@@ -287,20 +310,17 @@ def by_first(x):
 #: what a step makes of sizes, which are others at the next call
 BY_SIZES = [
     *(lambda x, v: x.shape[-1] > 64, lambda x, v: x.numel() > 1000, lambda x, v: len(x) > 64),
-    *(lambda x, v: x.size(0) == 64, lambda x, v: max(x.shape) > 64, lambda x, v: 64 in x.shape),
+    *(lambda x, v: x.size(0) == 64, lambda x, v: 64 in x.shape, lambda x, v: x.nbytes > 64),
     *(lambda x, v: x.shape == (64, 4, 3, 5), lambda x, v: x.shape[2] == x.shape[3]),
     *(lambda x, v: list(range(x.shape[0]))[-1] > 64, lambda x, v: math.log(x.shape[0]) > 5),
-    *(lambda x, v: np.prod(x.shape) > 1000, lambda x, v: float(np.array(x.shape).max()) > 64),
+    *(lambda x, v: float(np.array(x.shape).max()) > 64, lambda x, v: x * x.shape[0]),
     lambda x, v: torch.where(torch.tensor(x.shape[0]) > 64, 2.0, 1.0),
-    lambda x, v: x.nbytes > 64,
     lambda x, v: torch.where(torch.full_like(x, x.shape[0]) > 64, 2.0, 1.0),
     lambda x, v: torch.where(torch.full((), x.shape[0]) > 64, 2.0, 1.0),
-    *(lambda x, v: x * x.shape[0], lambda x, v: 1 / x.shape[1], lambda x, v: [1.0] * x.shape[2]),
-    *(lambda x, v: x.stride(-1) == 1, lambda x, v: x.stride()[0] > 64),
-    lambda x, v: BySize.apply(x),
-    *(lambda x, v: by_first(x), lambda x, v: str(x.shape) == "", lambda x, v: x.is_contiguous()),
-    *(lambda x, v: torch.numel(v) > 64, lambda x, v: x.untyped_storage().size() > 64),
-    *(lambda x, v: x._version, lambda x, v: bool(x.storage_offset()), lambda x, v: x.is_leaf),
+    *(lambda x, v: 1 / x.shape[1], lambda x, v: [1.0] * x.shape[2], lambda x, v: BySize.apply(x)),
+    *(lambda x, v: x.stride(-1) == 1, lambda x, v: x.stride()[0] > 64, lambda x, v: by_first(x)),
+    *(lambda x, v: str(x.shape) == "", lambda x, v: x.is_contiguous(), lambda x, v: x._version),
+    *(lambda x, v: x.untyped_storage().size() > 64, lambda x, v: bool(x.storage_offset())),
     *(lambda x, v: dict.fromkeys(x.shape, 2.0), lambda x, v: (v + x).flatten().shape[0] > 64),
 ]  # fmt: skip
 #: what is the same at every call
@@ -309,45 +329,49 @@ BY_SHAPES = [
     *(lambda x, v: torch.zeros(x.shape) + torch.full(x.size(), 0.5), lambda x, v: v.view(x.shape)),
     lambda x, v: x.new_zeros(*x.shape) + torch.ones(x.shape[0], *x.shape[1:]),
     *(lambda x, v: 2.0 if x.shape == v.shape else 1.0, lambda x, v: torch.ones(1).expand(x.shape)),
-    lambda x, v: torch.zeros_like(x) if v.size() != x.size() else v,
     lambda x, v: torch.empty_strided(x.shape, x.stride()).zero_() if x.is_complex() else x,
     lambda x, v: x * 2 if x.is_floating_point() and x.dtype == torch.float32 else x,
 ]
 
 
-def by_helper(self, x, v):
-    return helper(x)
+@pytest.mark.parametrize("look", BY_SIZES)
+def test_a_step_that_asks_for_sizes_is_refused(look):
+    found = read_images(looking(lambda self, x, v: look(x, v)))
+    assert isinstance(found, str) and "report" not in found, found
 
 
-def helper(x):
-    return NUMBER
+@pytest.mark.parametrize("look", BY_SHAPES)
+def test_a_step_that_gives_shapes_to_torch_is_read(look):
+    found = read_images(looking(lambda self, x, v: look(x, v)))
+    assert not isinstance(found, str), found
 
 
-def in_lambda(self, x, v):
-    return (lambda a: a * NUMBER)(x)
+def test_a_parameters_sizes_are_known():
+    def look(self, x, v):
+        w = self.p.view(1, x.shape[1], *[1] * (x.dim() - 2))
+        return w if self.p.shape[0] == x.shape[1] == 4 and self.p.numel() > 1 else 2.0
+
+    found = read_images(looking(look, p=nn.Parameter(torch.ones(4))))
+    assert not isinstance(found, str) and found.per_channel, found
 
 
-def by_number(number):
-    return lambda self, x, v: number
-
-
-class WithList(surrogate.ATan):
-    """A surrogate that looks for what the copy of it must have, too."""
-
-    width = [2.0]  # noqa: RUF012
+def inner(read_width, **attributes):
+    """A surrogate within, which reads a width of itself."""
 
     def forward(self, x):
-        return own_neurons._Triangle.apply(x, getattr(self, "width", [1.0])[0])
+        return own_neurons._Triangle.apply(x, read_width(self))
+
+    return {"inner": type("Inner", (surrogate.ATan,), {"forward": forward} | attributes)()}
 
 
-class WithType(WithList):
-    def forward(self, x):
-        return own_neurons._Triangle.apply(x, type(self).alpha)
+def by_inner(self, x, v):
+    return self.inner(x)
 
 
-class WithDefault(WithList):
-    def forward(self, x):
-        return own_neurons._Triangle.apply(x, getattr(self, "none", 1.0))
+def hooked():
+    module = surrogate.Sigmoid()
+    module.register_forward_hook(lambda *args: None)
+    return module
 
 
 def swallows(self, x, v):
@@ -357,98 +381,97 @@ def swallows(self, x, v):
         return 4.0
 
 
-def hooked():
-    module = surrogate.Sigmoid()
-    module.register_forward_hook(lambda *args: None)
-    return module
+class Clipped(torch.autograd.Function):
+    """A gradient that is clipped at each step."""
+
+    forward = staticmethod(lambda ctx, p: p * 1)
+    backward = staticmethod(lambda ctx, grad: grad.clamp(-1, 1))
+
+
+class Decayed(Clipped):
+    backward = staticmethod(lambda ctx, grad: torch.ones_like(grad))
+
+
+def a_parameter():
+    return {"p": nn.Parameter(torch.ones(()))}
 
 
 #: words of the reason -> what the step looks at, and the neuron's further attributes
 REFUSED = {
     "has mm": (lambda self, x, v: x @ torch.ones(x.shape[1], x.shape[1]), {}),
-    "random": (lambda self, x, v: torch.rand_like(x), {}),
-    "random numbers": (lambda self, x, v: torch.dropout(x, 0.5, True), {}),
+    "random numbers": (lambda self, x, v: torch.rand_like(x), {}),
     "a value of a tensor": (lambda self, x, v: x.sum().item(), {}),
-    "asks for a value": (lambda self, x, v: 1.0 if v.sum() > 0 else 2.0, {}),
     "asks for a": (swallows, {}),
     "traced": (lambda self, x, v: float(x.detach().numpy().sum()), {}),
     "sets its attribute 'calls'": (sets, {"calls": 0}),
     "sets an attribute": (writes, {}),
     "reads 'LIST' from outside": (lambda self, x, v: LIST[0], {}),
-    "reads 'FUNCTION' from outside": (lambda self, x, v: FUNCTION(x), {}),
-    "a partial": (lambda self, x, v: self.table(x), {"table": FUNCTION}),
+    "reads 'GLOBAL' from outside": (lambda self, x, v: GLOBAL, {}),
+    "reads 'value' from outside": (closure(torch.ones(())), {}),
+    "a partial": (lambda self, x, v: self.table(x), {"table": partial(torch.mul, other=2.0)}),
     "for 'is_grad_enabled'": (lambda self, x, v: 1.0 + torch.is_grad_enabled(), {}),
     "for 'requires_grad'": (lambda self, x, v: 1.0 + x.requires_grad, {}),
-    "for 'type'": (lambda self, x, v: type(self).gain, {}),
     "for '__dict__'": (lambda self, x, v: self.__dict__["gain"], {"gain": 2.0}),
-    "for '_memories'": (lambda self, x, v: self._memories["v"], {}),
     "for '_modules'": (lambda self, x, v: self._modules["surrogate_function"](x), {}),
-    "'inner.width', a list": (lambda self, x, v: self.inner(x), {"inner": WithList()}),
-    "'type', which": (lambda self, x, v: self.inner(x), {"inner": WithType()}),
-    "for 'none', which": (lambda self, x, v: self.inner(x), {"inner": WithDefault()}),
+    "'inner.width', a list": (by_inner, inner(lambda self: self.width[0], width=[2.0])),
+    "'type', which": (by_inner, inner(lambda self: type(self).alpha, alpha=2.0)),
+    "for 'none', which": (by_inner, inner(lambda self: getattr(self, "none", 1.0))),
     "other values": (lambda self, x, v: 2.0 if isinstance(x.shape, torch.Size) else 1.0, {}),
-    "parameters or modules": (lambda self, x, v: self.inner(x), {"inner": nn.Conv2d(4, 4, 1)}),
-    "hooks": (lambda self, x, v: self.inner(x), {"inner": hooked()}),
+    "parameters or modules": (by_inner, {"inner": nn.Conv2d(4, 4, 1)}),
+    "hooks": (by_inner, {"inner": hooked()}),
     "changes a module": (
         lambda self, x, v: setattr(self.inner, "alpha", 5.0) or 1.0,
         {"inner": surrogate.ATan()},
     ),
     "reads a tensor": (lambda self, x, v, t=torch.ones(()): t, {}),
-    "reads 'GLOBAL' from outside": (lambda self, x, v: GLOBAL, {}),
-    "reads 'value' from outside": (closure(torch.ones(())), {}),
     "computes in float64": (lambda self, x, v: x.double().cos().float(), {}),
     "mixes neurons": (lambda self, x, v: x.sum(), {}),
     "sums over some axes": (lambda self, x, v: x.sum(-1, keepdim=True), {}),
-    "mean": (lambda self, x, v: x.mean(), {}),
-    "a dict": (lambda self, x, v: self.table["a"], {"table": {"a": 2.0}}),
     "a list": (lambda self, x, v: self.table[0], {"table": [2.0]}),
     "scripted function that asks for 'size'": (lambda self, x, v: by_script(x), {}),
     "a part of a tensor": (lambda self, x, v: with_item(torch.zeros_like(x), 1), {}),
     "in place what it is given": (lambda self, x, v: v.detach().mul_(2), {}),
     "in place what it is given: write": (lambda self, x, v: x.mul_(2), {}),
-    "does not have": (lambda self, x, v: self.nothing, {}),
-    "at the size of its input": (
-        lambda self, x, v: self.p.expand_as(x).sum(),
-        {"p": nn.Parameter(torch.ones(()))},
-    ),
-    "not linear": (lambda self, x, v: Clipped.apply(self.p), {"p": nn.Parameter(torch.ones(()))}),
-    "not linear (a constant)": (
-        lambda self, x, v: Decayed.apply(self.p),
-        {"p": nn.Parameter(torch.ones(()))},
-    ),
+    "at the size of its input": (lambda self, x, v: self.p.expand_as(x).sum(), a_parameter()),
+    "not linear": (lambda self, x, v: Clipped.apply(self.p), a_parameter()),
+    "not linear (a constant)": (lambda self, x, v: Decayed.apply(self.p), a_parameter()),
 }  # fmt: skip
 
 
-#: where numbers from outside are -> what the step looks at, and a change of one
-OUTSIDE = {
-    "a global": (lambda self, x, v: NUMBER, lambda value: set_global("NUMBER", value)),
-    "in a helper": (by_helper, lambda value: set_global("NUMBER", value)),
-    "in a lambda": (in_lambda, lambda value: set_global("NUMBER", value)),
-    "of a class": (lambda self, x, v: Config.gain, lambda value: setattr(Config, "gain", value)),
+@pytest.mark.parametrize("reason", REFUSED)
+@pytest.mark.filterwarnings("ignore:.*please report it")
+def test_a_step_is_refused_with_its_reason(reason):
+    look, attributes = REFUSED[reason]
+    node = looking(look, **attributes)
+    before = dict(vars(node))
+    shape = (2, 4) if reason == "has mm" else (2, 4, 3, 5)
+    found = read_neuron(node, shape, compat.step_of(type(node)), cpu.ENGINE, "cpu")
+    assert isinstance(found, str) and reason in found, found
+    assert vars(node) == before and type(node.surrogate_function) is surrogate.ATan
+
+
+#: what differs from a class that is read
+REFUSED_CLASSES = {
+    "another shape": {"step": lambda self, x, v: (x.unsqueeze(-1), v)},
+    "another dtype": {"step": lambda self, x, v: (x > 0, v)},
+    "a sequence of its own": {"multi_step_forward": lambda self, x_seq: x_seq * 2},
+    "the voltage before the sequence": {"step": lambda self, x, v: (x, v + x + self.v * 0)},
 }
 
 
-def set_global(name, value):
-    globals()[name] = value
+@pytest.mark.parametrize("why", REFUSED_CLASSES)
+@pytest.mark.filterwarnings("ignore:.*please report it")
+def test_a_neuron_that_is_refused_runs_as_its_class(why):
+    if why == "the voltage before the sequence" and not compat.FUNCTIONAL_STATES:
+        pytest.skip("needs SpikingJelly 2.x: steps of states that they are given")
+    node = type("Refused", (Plain,), REFUSED_CLASSES[why])()
+    kind = type(node)
+    (row,) = accelerate(nn.Sequential(node)).rows
+    assert type(node) is kind and row.note and not row.done
 
 
-@pytest.mark.parametrize("where", OUTSIDE)
-def test_a_number_from_outside_is_read_and_its_change_seen(where):
-    look, change = OUTSIDE[where]
-    plain = type("Outside", (Looks,), {})(look)
-    fast = copy.deepcopy(plain)
-    (row,) = accelerate(nn.Sequential(fast)).rows
-    assert row.done, row
-    x = torch.randn(3, 2, 4, 2, 3)
-    for value in (2.0, 0.25, 3, True, -0.0, 0.0):
-        change(value)
-        check_equal(plain, fast, x)
-    change([2.0])  # which may change unseen
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with pytest.raises(TypeError):
-            fast(x)
-    change(2.0)
+class Config:
+    gain = 2.0
 
 
 class Gate(torch.autograd.Function):
@@ -488,6 +511,10 @@ class Reader(Looks):
         return NUMBER
 
 
+def helper(x):
+    return NUMBER
+
+
 def decorated(function):
     @wraps(function)
     def wrapper(self, x, v):
@@ -500,8 +527,15 @@ def with_gain(x):
     return x * with_gain.gain
 
 
-#: reads what :func:`change_all` changes, in ways that are seen or refused
-WAYS = {
+#: reads what :func:`change_all` changes, and each change is seen
+SEEN = {
+    "a global": lambda self, x, v: NUMBER,
+    "in a helper": lambda self, x, v: helper(x),
+    "in a lambda": lambda self, x, v: (lambda a: a * NUMBER)(x),
+    "of a class": lambda self, x, v: Config.gain,
+}
+#: the same, in ways that are seen or refused
+WAYS = SEEN | {
     "a class's own name": Reader.by_own_name,
     "a class's cell": Reader.by_cell,
     "a module as a default": Reader.with_default,
@@ -520,26 +554,29 @@ WAYS = {
 }
 
 
-def change_all(value):
-    for home in (Reader, Gate, Config, with_gain):
-        home.gain = value
-    LIST[0] = value
-    set_global("NUMBER", value)
+@pytest.fixture
+def change_all():
+    """Changes all numbers from outside."""
+
+    def change(value):
+        for home in (Reader, Gate, Config, with_gain):
+            home.gain = value
+        LIST[0] = globals()["NUMBER"] = value
+
+    change(2.0)
+    yield change
+    change(2.0)
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_what_a_step_reads_is_seen_or_it_is_not_read(way):
-    change_all(2.0)
-    plain = type("Own", (Reader,), {})(WAYS[way], function=Gate.apply, item=LIST.__getitem__)
+@pytest.mark.filterwarnings("ignore:.*is not fused")
+def test_what_a_step_reads_is_seen_or_it_is_not_read(way, change_all):
+    plain = looking(WAYS[way], Reader, function=Gate.apply, item=LIST.__getitem__)
     plain.method, plain.other = plain.by_own_name, Reader(WAYS[way]).by_own_name
-    fast = copy.deepcopy(plain)
-    accelerate(nn.Sequential(fast))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for value in (2.0, 0.25, 3.0):
-            change_all(value)
-            check_equal(plain, fast, torch.randn(3, 2, 4, 2, 3))
-    change_all(2.0)
+    nodes = pair(plain, way in SEEN)
+    for value in (2.0, 0.25, 3, True, -0.0, 0.0, [2.0]):  # a list may change unseen
+        change_all(value)
+        check_equal(*nodes)
 
 
 class Written:
@@ -570,29 +607,9 @@ def writes_a_global(self, x, v):
 
 @pytest.mark.parametrize("look", [counter(), writes_to_a_class, writes_a_global])
 def test_a_step_that_writes_outside_of_it_is_not_run_to_be_read(look):
-    node = type("Writing", (Looks,), {})(look)
-    (row,) = accelerate(nn.Sequential(node)).rows
+    (row,) = accelerate(nn.Sequential(looking(look))).rows
     assert not row.done and "outside of it" in row.note, row
     assert Written.last is None and NUMBER == 2.0
-    node(torch.ones(2, 3, 4))
-    assert look is not writes_to_a_class or type(Written.last) is torch.Tensor
-    Written.last = None
-    set_global("NUMBER", 2.0)
-
-
-def test_a_closures_number_and_a_function_of_the_neurons_own_are_read():
-    """Surrogates by a factory, which differ in numbers alone."""
-    x = torch.randn(3, 2, 4, 2, 3)
-    made = type("Made", (Looks,), {})
-    for width in (0.5, 1.5, 0.5):
-        for look in (by_number(width), lambda self, x, v: self.table(x)):
-            plain = made(look, table=lambda a, width=width: Thick.of(width)(a))
-            fast = copy.deepcopy(plain)
-            (row,) = accelerate(nn.Sequential(fast)).rows
-            assert row.done, row
-            check_equal(plain, fast, x)
-            plain.table = fast.table = Thick.of(3.0)
-            check_equal(plain, fast, x)
 
 
 class Thick(torch.autograd.Function):
@@ -604,11 +621,16 @@ class Thick(torch.autograd.Function):
         return lambda a: Thick.apply(a, width)
 
 
-#: a method, and another that a test puts in its place
-REPLACED = {
-    "step": lambda self, x, v: (x * 0.5, v + x),
-    "leak": lambda self, v: v * 0.25,
-}
+def test_a_closures_number_and_a_function_of_the_neurons_own_are_read():
+    """Surrogates by a factory, which differ in numbers alone."""
+    made = type("Made", (Looks,), {})
+    for width in (0.5, 1.5, 0.5):
+        for look in (closure(width), lambda self, x, v: self.table(x)):
+            nodes = pair(made(look, table=lambda a, width=width: Thick.of(width)(a)))
+            check_equal(*nodes)
+            for node in nodes:
+                node.table = Thick.of(3.0)
+            check_equal(*nodes)
 
 
 class Leaks(Plain):
@@ -619,78 +641,63 @@ class Leaks(Plain):
         return super().step(x, self.leak(v))
 
 
-@pytest.mark.parametrize("name", REPLACED)
-@pytest.mark.filterwarnings("ignore:.*is not fused")
-def test_a_method_that_is_replaced_is_seen(name):
-    kind = type("Own", (Leaks,), {})
-    plain = kind()
-    fast = copy.deepcopy(plain)
-    assert accelerate(nn.Sequential(fast)).rows[0].done
-    x = torch.randn(3, 2, 4, 2, 3)
-    check_equal(plain, fast, x)
-    setattr(kind, name, REPLACED[name])  # of the class
-    check_equal(plain, fast, x)
-    delattr(kind, name)
-    check_equal(plain, fast, x)
-    for node in (plain, fast):  # of the neuron
-        setattr(node, name, partial(REPLACED[name], node))
-    check_equal(plain, fast, x)
-    for node in (plain, fast):
-        delattr(node, name)
-    check_equal(plain, fast, x)
+#: a neuron's class, a function of it or of its surrogate, and another that is put in its place
+REPLACED = [
+    (Leaks, "step", lambda self, x, v: (x * 0.5, v + x)),
+    (Leaks, "leak", lambda self, v: v * 0.25),
+    (
+        *(neuron.LIFNode, "surrogate_function.spiking_function"),
+        staticmethod(lambda x, *args: own_neurons._Triangle.apply(x, 0.7)),
+    ),
+]
+if not compat.FUNCTIONAL_STATES:
+    REPLACED += [
+        (neuron.LIFNode, "neuronal_charge", lambda self, x: setattr(self, "v", self.v * 0.3 + x)),
+        (neuron.KLIFNode, "neuronal_fire", lambda self: self.surrogate_function(self.v - 0.2)),
+    ]
 
 
-@pytest.mark.parametrize("name", ["IFNode", "LIFNode", "ParametricLIFNode", "KLIFNode"])
+@pytest.mark.parametrize(("kind", "path", "function"), REPLACED)
 @pytest.mark.filterwarnings("ignore:.*is not fused")
-def test_a_replaced_function_of_spikingjelly_is_seen(name, monkeypatch):
-    plain = getattr(neuron, name)(step_mode="m", surrogate_function=surrogate.ATan())
-    fast = copy.deepcopy(plain)
-    accelerate(nn.Sequential(fast))
-    x = torch.randn(3, 2, 4, 2, 3)
-    check_equal(plain, fast, x)
-    for alpha in (torch.tensor(3.0), 2.0):  # a number that was a tensor is no function
-        for node in (plain, fast):
-            node.surrogate_function.alpha = alpha
-        check_equal(plain, fast, x)
-    methods = {"neuronal_charge": lambda self, x: setattr(self, "v", self.v * 0.3 + x)}
-    methods |= {"neuronal_fire": lambda self: self.surrogate_function(self.v - 0.2)}
-    for method, function in methods.items():
-        if hasattr(type(plain), method):
-            with monkeypatch.context() as patch:
-                patch.setattr(type(plain), method, function)
-                check_equal(plain, fast, x)
-            check_equal(plain, fast, x)
-            for node in (plain, fast):
-                setattr(node, method, partial(function, node))
-            check_equal(plain, fast, x)
-            for node in (plain, fast):
-                delattr(node, method)
-    other = staticmethod(lambda x, *args: own_neurons._Triangle.apply(x, 0.7))
+def test_a_function_that_is_replaced_is_seen(kind, path, function, monkeypatch):
+    """Of the class, then of the object alone, and put back."""
+    nodes = pair(kind(surrogate_function=surrogate.ATan()))
+    check_equal(*nodes)
+    home, _, name = path.rpartition(".")
+    owners = [getattr(node, home) if home else node for node in nodes]
     with monkeypatch.context() as patch:
-        patch.setattr(surrogate.ATan, "spiking_function", other)
-        check_equal(plain, fast, x)
-    check_equal(plain, fast, x)
-    for node in (plain, fast):
-        node.surrogate_function.spiking_function = other.__func__
-    check_equal(plain, fast, x)
-    for node in (plain, fast):
-        del node.surrogate_function.spiking_function
-    check_equal(plain, fast, x)
+        patch.setattr(type(owners[0]), name, function)
+        check_equal(*nodes)
+    check_equal(*nodes)
+    for owner in owners:
+        setattr(owner, name, function.__func__ if home else partial(function, owner))
+    check_equal(*nodes)
+    for owner in owners:
+        delattr(owner, name)
+    check_equal(*nodes)
 
 
-@pytest.mark.parametrize("name", ["v_reset", "v_threshold"])
-def test_numbers_that_python_takes_for_equal_are_told_apart(name):
-    """-0.0 and 0.0, whole numbers and truths: their signs come out, and their dtypes."""
-    values = 0.0, -0.0, 0, 1.0, True, 1, math.nan, False, np.float32(-0.0), -0.0
-    plain = type("Signs", (Plain,), {"step": signs})()
-    plain.pair = 1.0, 2.0
-    fast = copy.deepcopy(plain)
-    accelerate(nn.Sequential(fast))
-    x = torch.randn(3, 2, 4, 2, 3)
-    for value in values:
-        plain.__dict__[name] = fast.__dict__[name] = value
-        plain.pair = fast.pair = value, 2.0
-        check_equal(plain, fast, x)
+OWN_SEQUENCES = [type("Own", (kind,), {}) for kind in (Leaks, neuron.LIFNode)]
+THEIR_SEQUENCES = [neuron.LIFNode] if compat.FUNCTIONAL_STATES else []
+
+
+@pytest.mark.parametrize("kind", OWN_SEQUENCES + THEIR_SEQUENCES)
+@pytest.mark.filterwarnings("ignore:.*is not fused")
+def test_a_sequence_that_is_replaced_is_seen(kind, monkeypatch):
+    nodes, replaced = pair(kind()), {}
+    check_equal(*nodes)
+    if kind in OWN_SEQUENCES:
+        replaced["multi_step_forward"] = lambda self, x_seq: x_seq.flip(0) * 2
+    if compat.FUNCTIONAL_STATES:
+        replaced["multi_step_functional_forward"] = lambda self, xs, states, *args: (
+            (xs[0].flip(0) * 2,),
+            (states[0] + xs[0].sum(0),),
+        )
+    for name, function in replaced.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(kind, name, function, raising=False)
+            check_equal(*nodes)
+        check_equal(*nodes)
 
 
 def signs(self, x, v):
@@ -699,64 +706,40 @@ def signs(self, x, v):
     return spike * (2.0 if isinstance(self.pair[0], bool) else 1.0), v * self.v_threshold + x
 
 
+@pytest.mark.parametrize("name", ["v_reset", "v_threshold"])
+def test_numbers_that_python_takes_for_equal_are_told_apart(name):
+    """-0.0 and 0.0, whole numbers and truths: their signs come out, and their dtypes."""
+    plain = type("Signs", (Plain,), {"step": signs})()
+    plain.pair = 1.0, 2.0
+    nodes = pair(plain)
+    for value in (0.0, -0.0, 0, 1.0, True, 1, math.nan, False, np.float32(-0.0), -0.0):
+        for node in nodes:
+            node.__dict__[name], node.pair = value, (value, 2.0)
+        check_equal(*nodes)
+
+
 DTYPES = torch.float32, torch.float64, torch.bfloat16, torch.float16
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.filterwarnings("ignore:.*is not fused", "ignore:.*Falling back")
 def test_a_parameter_of_another_dtype_gives_the_plain_classs_dtypes(dtype):
-    for kind in (own_neurons.PerChannel, own_neurons.GLIF, own_neurons.TwoCompartments):
+    for kind in (own_neurons.PerChannel, own_neurons.TwoCompartments):
         for of_parameters in DTYPES:
-            plain = kind().to(of_parameters)
-            fast = copy.deepcopy(plain)
-            accelerate(nn.Sequential(fast))
+            nodes = pair(kind().to(of_parameters), done=False)
             x = torch.randn(3, 2, 4, 2, 3).to(dtype)
-            seen = [node(x).dtype for node in (plain, fast)]
+            seen = [node(x).dtype for node in nodes]
             assert seen[0] == seen[1], (kind, of_parameters)
             if dtype not in (torch.bfloat16, torch.float16):
-                check_equal(plain, fast, x)
-
-
-@pytest.mark.parametrize("kind", [Leaks, neuron.IFNode, neuron.LIFNode])
-@pytest.mark.filterwarnings("ignore:.*is not fused")
-def test_a_sequence_that_is_replaced_is_seen(kind):
-    kind = type("Own", (kind,), {})
-    plain = kind()
-    plain.step_mode = "m"
-    fast = copy.deepcopy(plain)
-    assert accelerate(nn.Sequential(fast)).rows[0].done
-    x = torch.randn(3, 2, 4, 2, 3)
-    check_equal(plain, fast, x)
-    kind.multi_step_forward = lambda self, x_seq: x_seq.flip(0) * 2
-    check_equal(plain, fast, x)
-    del kind.multi_step_forward
-    if compat.FUNCTIONAL_STATES:
-        kind.multi_step_functional_forward = lambda self, xs, states: ((xs[0].flip(0),), states)
-        check_equal(plain, fast, x)
-
-
-@pytest.mark.skipif(not compat.FUNCTIONAL_STATES, reason="needs SpikingJelly 2.x")
-@pytest.mark.filterwarnings("ignore:.*is not fused")
-def test_a_replaced_sequence_of_spikingjelly_is_seen(monkeypatch):
-    plain = neuron.LIFNode(step_mode="m")
-    fast = copy.deepcopy(plain)
-    accelerate(nn.Sequential(fast))
-    monkeypatch.setattr(
-        neuron.LIFNode,
-        "multi_step_functional_forward",
-        lambda self, xs, states, *args: ((xs[0].flip(0) * 2,), (states[0] + xs[0].sum(0),)),
-    )
-    check_equal(plain, fast, torch.randn(3, 2, 4, 2, 3))
+                check_equal(*nodes, x=x)
 
 
 #: numbers of other dtypes, which are cut
 CUT = [
-    lambda x: torch.full_like(x, 0.5, dtype=torch.int64),
     lambda x: x.new_full(x.shape, -1.5, dtype=torch.int32),
     lambda x: torch.scalar_tensor(2.7, dtype=torch.int32),
     lambda x: torch.zeros_like(x, dtype=torch.int32).fill_(2.7),
     lambda x: torch.full((), -1.5).to(torch.int32),
-    lambda x: torch.full_like(x, 0.3, dtype=torch.bool),
     lambda x: torch.ones_like(x, dtype=torch.bool) * 0.3,
     lambda x: torch.full_like(x, 7, dtype=torch.int64) / 2,
     lambda x: torch.full_like(x, 0.1, dtype=torch.float16).float(),
@@ -767,102 +750,8 @@ CUT = [
 @pytest.mark.parametrize("number", CUT)
 @pytest.mark.filterwarnings("ignore:.*is not fused")
 def test_numbers_of_other_dtypes_are_torchs(number):
-    plain = type("Cuts", (Looks,), {})(lambda self, x, v: number(x) + 0.25)
-    fast = copy.deepcopy(plain)
-    accelerate(nn.Sequential(fast))
-    check_equal(plain, fast, torch.randn(3, 2, 4, 2, 3) * 3)
-
-
-class Clipped(torch.autograd.Function):
-    """A gradient that is clipped at each step."""
-
-    forward = staticmethod(lambda ctx, p: p * 1)
-    backward = staticmethod(lambda ctx, grad: grad.clamp(-1, 1))
-
-
-class Decayed(Clipped):
-    backward = staticmethod(lambda ctx, grad: torch.ones_like(grad))
-
-
-@pytest.mark.parametrize("reason", REFUSED)
-@pytest.mark.filterwarnings("ignore:.*please report it")
-def test_a_step_is_refused_with_its_reason(reason):
-    look, attributes = REFUSED[reason]
-    node = type("Looking", (Looks,), {})(look, **attributes)  # a class each
-    before = dict(vars(node))
-    shape = (2, 4) if reason == "has mm" else (2, 4, 3, 5)
-    found = read_neuron(node, shape, compat.step_of(type(node)), cpu.ENGINE, "cpu")
-    assert isinstance(found, str) and reason in found, found
-    assert vars(node) == before and type(node.surrogate_function) is surrogate.ATan
-
-
-@pytest.mark.parametrize("look", BY_SIZES)
-def test_a_step_that_asks_for_sizes_is_refused(look):
-    node = type("Looking", (Looks,), {})(lambda self, x, v: look(x, v))
-    found = read_neuron(node, (2, 4, 3, 5), compat.step_of(type(node)), cpu.ENGINE, "cpu")
-    assert isinstance(found, str) and "report" not in found, found
-
-
-@pytest.mark.parametrize("look", BY_SHAPES)
-def test_a_step_that_gives_shapes_to_torch_is_read(look):
-    node = type("Looking", (Looks,), {})(lambda self, x, v: look(x, v))
-    found = read_neuron(node, (2, 4, 3, 5), compat.step_of(type(node)), cpu.ENGINE, "cpu")
-    assert not isinstance(found, str), found
-
-
-def test_a_parameters_sizes_are_known():
-    def look(self, x, v):
-        w = self.p.view(1, x.shape[1], *[1] * (x.dim() - 2))
-        return w if self.p.shape[0] == x.shape[1] == 4 and self.p.numel() > 1 else 2.0
-
-    node = type("Looking", (Looks,), {})(look, p=nn.Parameter(torch.ones(4)))
-    found = read_neuron(node, (2, 4, 3, 5), compat.step_of(type(node)), cpu.ENGINE, "cpu")
-    assert not isinstance(found, str) and found.per_channel, found
-
-
-class OtherShape(Plain):
-    def step(self, x, v):
-        spike, v = super().step(x, v)
-        return spike.unsqueeze(-1), v
-
-
-class OtherDtype(Plain):
-    def step(self, x, v):
-        spike, v = super().step(x, v)
-        return spike.bool(), v
-
-
-class Stale(Plain):
-    """It reads the voltage that was there before the sequence."""
-
-    def step(self, x, v):
-        return super().step(x, v + torch.as_tensor(self.v).mul(0))
-
-
-class Begins(own_neurons.Own):
-    """It makes of the number that a state starts at another tensor than one of that number."""
-
-    states = ("a",)
-
-    def single_step_functional_forward(self, inputs, states, *args, **kwargs):
-        (x,), (v, a) = inputs, states
-        a = a if isinstance(a, torch.Tensor) else torch.full_like(x, 0.9)
-        return (((v + x) >= a).to(x),), (v * 0.5 + x, a * 0.5)
-
-
-class OwnSequence(Plain):
-    def multi_step_forward(self, x_seq):
-        return x_seq * 2
-
-
-@pytest.mark.parametrize("kind", [OtherShape, OtherDtype, OwnSequence, Stale, Begins])
-@pytest.mark.filterwarnings("ignore:.*please report it")
-def test_a_neuron_that_is_refused_runs_as_its_class(kind):
-    if kind in (Stale, Begins) and not compat.FUNCTIONAL_STATES:
-        pytest.skip("needs SpikingJelly 2.x: steps of states that they are given")
-    node = kind()
-    (row,) = accelerate(nn.Sequential(node)).rows
-    assert type(node) is kind and row.note and not row.done
+    nodes = pair(looking(lambda self, x, v: number(x) + 0.25), done=False)
+    check_equal(*nodes, x=torch.randn(3, 2, 4, 2, 3) * 3)
 
 
 @pytest.mark.parametrize(
@@ -870,34 +759,19 @@ def test_a_neuron_that_is_refused_runs_as_its_class(kind):
 )
 def test_a_change_of_what_a_step_reads_is_seen(kind):
     """Every name that is noted, one after the other, next to the plain neuron."""
-    plain = getattr(neuron, kind)(step_mode="m") if isinstance(kind, str) else kind()
-    fast = copy.deepcopy(plain)
-    accelerate(nn.Sequential(fast))
-    names = [*NAMES[type(plain)].numbers]
+    nodes = pair(getattr(neuron, kind)() if isinstance(kind, str) else kind())
+    names = [*NAMES[type(nodes[0])].numbers]
     assert {"v_threshold" in names, "surrogate_function.alpha" in names} != {False}
-    x = torch.randn(3, 2, 4, 2, 3, generator=torch.Generator().manual_seed(0)) * 1.5
     for name in names:
         home, _, last = name.rpartition(".")
-        value = attrgetter(name)(plain)
+        value = attrgetter(name)(nodes[0])
         if (changed := other_than(value)) is None or name == "step_mode":
             continue
-        seen = []
-        for node in (plain, fast):
-            owner = attrgetter(home)(node) if home else node
-            setattr(owner, last, changed)
-            functional.reset_net(node)
-            leaf = x.clone().requires_grad_()
-            try:
-                y = node(leaf)
-                y.pow(2).add(y).sum().backward()
-                seen.append((y.detach(), leaf.grad))
-            except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-                seen.append((error, None))
-            setattr(owner, last, value)
-        (y, grad), (y_fast, grad_fast) = seen
-        if isinstance(y, torch.Tensor):
-            torch.testing.assert_close(y_fast, y, rtol=1e-5, atol=1e-5, msg=name)
-            torch.testing.assert_close(grad_fast, grad, rtol=1e-4, atol=1e-4, msg=name)
+        owners = [attrgetter(home)(node) if home else node for node in nodes]
+        for now in (changed, value):
+            for owner in owners:
+                setattr(owner, last, now)
+            check_equal(*nodes)
 
 
 def other_than(value):
@@ -912,35 +786,24 @@ def other_than(value):
     return -0.25 if value is None else None
 
 
+@pytest.mark.filterwarnings("ignore:.*is not fused")
 def test_another_surrogate_a_tensor_for_a_number_and_a_hook_are_seen():
-    plain = Plain()
-    fast = copy.deepcopy(plain)
-    accelerate(nn.Sequential(fast))
-    x = torch.randn(3, 2, 4, 2, 3)
-    calls = []
-
+    nodes, calls = pair(Plain()), []
     for change in (
-        lambda node: None,
         lambda node: setattr(node, "surrogate_function", own_neurons.Triangle(0.7)),
         lambda node: setattr(node, "v_threshold", torch.tensor(0.3)),
         lambda node: setattr(node, "v_threshold", np.float32(0.4)),
         lambda node: node.eval(),
-        lambda node: node.surrogate_function.register_forward_hook(lambda *a: calls.append(1)),
+        lambda node: node.surrogate_function.register_forward_hook(lambda *a: calls.append(node)),
         lambda node: setattr(node, "surrogate_function", surrogate.Sigmoid(3.0)),
+        # a number that was a tensor is no function
+        lambda node: setattr(node.surrogate_function, "alpha", torch.tensor(2.0)),
+        lambda node: setattr(node.surrogate_function, "alpha", 4.0),
     ):
-        seen = []
-        for node in (plain, fast):
+        for node in nodes:
             change(node)
-            functional.reset_net(node)
-            leaf = x.clone().requires_grad_()
-            before = len(calls)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that it runs plain
-                y = node(leaf)
-            (y * x).sum().backward()
-            seen.append((y.detach(), leaf.grad, len(calls) - before))
-        assert torch.equal(seen[0][0], seen[1][0]) and seen[0][2] == seen[1][2]
-        torch.testing.assert_close(seen[0][1], seen[1][1], rtol=1e-5, atol=1e-5)
+        check_equal(*nodes)
+    assert calls == [nodes[0]] * 3 + [nodes[1]] * 3
 
 
 class StartsAt(own_neurons.Own):
@@ -970,47 +833,23 @@ class StartsAt(own_neurons.Own):
             return self.surrogate_function(v + x - a)
 
 
-def check_equal(plain, fast, x, reset=True):
-    """Call both, and compare what they give, their states and the gradient."""
-    seen = []
-    for node in (plain, fast):
-        if reset:
-            functional.reset_net(node)
-        leaf = x.clone().requires_grad_()
-        try:
-            y = node(leaf)
-            y.backward(torch.ones_like(y))
-            functional.detach_net(node)
-        except (RuntimeError, TypeError) as error:
-            seen.append(str(error))
-        else:
-            states = [torch.as_tensor(v) for n, v in node._memories.items() if n != "v_seq"]
-            seen.append([y.detach(), leaf.grad, *states])
-    assert type(seen[0]) is type(seen[1]), seen
-    if isinstance(seen[0], list):
-        torch.testing.assert_close(seen[1], seen[0], rtol=1e-5, atol=1e-5, equal_nan=True)
-
-
 @pytest.mark.filterwarnings("ignore:.*please report it", "ignore:.*is not fused")
 def test_what_a_step_makes_of_a_number_is_seen_for_each_value():
-    x = torch.randn(3, 2, 4, 2, 3)
     for start in (0.0, 0.9):
-        plain = StartsAt(start)
-        fast = copy.deepcopy(plain)
-        accelerate(nn.Sequential(fast))
+        nodes = pair(StartsAt(start), done=False)
         for value in (start, 0.0, 0.5):
-            plain.start = fast.start = value
-            check_equal(plain, fast, x)
+            for node in nodes:
+                node.start = value
+            check_equal(*nodes)
 
 
 @pytest.mark.filterwarnings("ignore:.*is not fused")
 def test_an_attribute_that_becomes_a_list_is_seen():
-    plain = type("Own", (Looks,), {})(lambda self, x, v: self.table[0], table=(2.0, 1.0))
-    fast = copy.deepcopy(plain)
-    accelerate(nn.Sequential(fast))
+    nodes = pair(looking(lambda self, x, v: self.table[0], table=(2.0, 1.0)))
     for table in ((2.0, 1.0), [3.0], (4.0,), torch.tensor([0.5])):
-        plain.table = fast.table = table
-        check_equal(plain, fast, torch.randn(3, 2, 4, 2, 3))
+        for node in nodes:
+            node.table = table
+        check_equal(*nodes)
 
 
 #: of an input [3, 2, 4, 2, 3]
@@ -1019,7 +858,6 @@ STATES = {
     "bfloat16": lambda: torch.randn(2, 4, 2, 3).bfloat16(),
     "whole numbers": lambda: torch.randint(0, 3, (2, 4, 2, 3)),
     "sliced": lambda: torch.randn(2, 4, 2, 6)[..., ::2],
-    "channels last": lambda: torch.randn(2, 2, 3, 4).permute(0, 3, 1, 2),
     "expanded": lambda: torch.randn(1, 4, 1, 1).expand(2, 4, 2, 3),
     "a number": lambda: 1,
     "a number of numpy's": lambda: np.float32(0.3),
@@ -1031,16 +869,13 @@ STATES = {
 @pytest.mark.filterwarnings("ignore:.*is not fused")
 def test_a_state_of_another_dtype_or_layout_is_as_in_the_plain_class(state):
     for name in ("v", "a"):
-        plain = own_neurons.AdaptiveThreshold()
-        fast = copy.deepcopy(plain)
-        accelerate(nn.Sequential(fast))
-        plain._memories[name] = fast._memories[name] = STATES[state]()
-        check_equal(plain, fast, torch.randn(3, 2, 4, 2, 3), reset=False)
+        nodes, value = pair(own_neurons.AdaptiveThreshold()), STATES[state]()
+        for node in nodes:
+            node._memories[name] = value
+        check_equal(*nodes, reset=False)
 
 
-@pytest.mark.parametrize(
-    "shape", [(), (1, 4, 1, 1), (1, 4, 2, 3), (4, 2, 3), (4, 4, 2, 3), (1, 2, 4, 2, 3)]
-)
+@pytest.mark.parametrize("shape", [(), (1, 4, 2, 3), (4, 2, 3), (1, 2, 4, 2, 3)])
 def test_a_state_of_another_shape_never_reaches_the_loops(shape):
     """They read as many values as a step has, and would read past its end."""
     node = own_neurons.AdaptiveThreshold()
@@ -1055,11 +890,9 @@ def test_threads_that_read_at_once_leave_no_mode_behind():
 
     def read_many(seed):
         for k in range(6):
-            x_seq = torch.randn(2, 2, 3)
-            scale = seed + k / 8 + 1.5
-            net = nn.Sequential(neuron.IFNode(v_threshold=scale, step_mode="m"))
+            net = nn.Sequential(neuron.IFNode(v_threshold=seed + k / 8 + 1.5, step_mode="m"))
             accelerate(net)
-            net(x_seq)
+            net(torch.randn(2, 2, 3))
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(read_many, range(4)))
