@@ -75,22 +75,31 @@ def test_a_place_that_is_no_folder_is_said_once(home):
         assert run(rows.compile_row(SOURCE)) == [3, 6]
 
 
-def _in_a_process(home, barrier, found):
+def _in_a_process(home, barrier, numbers, found):
     config.CACHE_DIR = home
     barrier.wait()
-    found.put([run(rows.compile_row(SOURCE.replace("(3)", f"({k})"))) for k in range(2, 6)])
+    compiled = [rows.compile_row(SOURCE.replace("(3)", f"({k})")) for k in numbers]
+    found.put([(*run(row), bool(row.cache_hits)) for row in compiled])
+
+
+def _in_processes(home, *numbers):
+    """Each compiles these rows: what they give, and whether each row was loaded."""
+    context = multiprocessing.get_context("forkserver")
+    barrier, found = context.Barrier(len(numbers)), context.Queue()
+    about = str(home), barrier
+    processes = [context.Process(target=_in_a_process, args=(*about, n, found)) for n in numbers]
+    for process in processes:
+        process.start()
+    results = [found.get(timeout=100) for _ in processes]
+    for process in processes:
+        process.join()
+    return results
 
 
 @pytest.mark.slow
-def test_two_processes_at_once_compile_the_same(home):
-    context = multiprocessing.get_context("forkserver")
-    barrier, found = context.Barrier(2), context.Queue()
-    arguments = str(home), barrier, found
-    processes = [context.Process(target=_in_a_process, args=arguments) for _ in range(2)]
-    for process in processes:
-        process.start()
-    want = [[k, 2 * k] for k in range(2, 6)]
-    assert [found.get(timeout=100) for _ in processes] == [want, want]
-    for process in processes:
-        process.join()
-    assert len([*Path(home, "sj_taid").glob("*.py")]) == 4
+def test_processes_compile_the_same_and_later_ones_load_it(home):
+    for result in _in_processes(home, range(2, 5), range(2, 5)):
+        assert [row[:2] for row in result] == [(k, 2 * k) for k in range(2, 5)]
+    assert len([*Path(home, "sj_taid").glob("*.py")]) == 3
+    # The later process compiles another row first.
+    assert _in_processes(home, (6, 2)) == [[(6, 12, False), (2, 4, True)]]
