@@ -3,8 +3,6 @@
 import inspect
 import itertools
 import math
-import sys
-from functools import partial
 
 import pytest
 import torch
@@ -16,11 +14,11 @@ from sj_taid.ops.step import reference
 from sj_taid.ops.step.read import NotRead
 from sj_taid.ops.surrogate import MultiLevelSpikeCount
 from tests.helpers import (
-    HALF,
     TOLERANCE,
     Case,
     assert_close,
     assert_counts_at_their_edges,
+    assert_equal,
     assert_not_finite_alike,
     assert_spikes_at_their_edges,
     results,
@@ -54,13 +52,11 @@ def compiled(request, fused):
 SHAPES = [
     (1, 1),  # one step of one neuron
     (5, 3),  # no channel axis
-    (3, 0, 5),  # an empty batch
-    (3, 5, 0, 2),
+    (3, 5, 0, 2),  # nothing at all
     (3, 2, 1, 7),  # one channel
     (4, 3, 5, 7, 3),  # nothing divides a vector
     (192, 2, 3),  # long: the narrowest blocks
     (2, 70, 131),  # several blocks, cut inside a channel
-    (2, 2, 3, 33, 35),
 ]
 
 
@@ -85,13 +81,12 @@ NOT_FINITE = {
     "detach_reset": (False, True),
     "decay_input": (False, True),
     "channels": (None, 5),
-    "dtype": (torch.float32, torch.bfloat16),
     "norm": (None, "fixed"),
 }
-NOT_FINITE_COUNTS = NOT_FINITE | {"v_reset": (None,), "norm": (None,), "stateless": (False, True)}
 CASES = [Case(**row, shape=(6, 40, 5)) for row in pairwise(NOT_FINITE)]
 CASES += [
-    Case(**row, shape=(6, 40, 5), surrogate_function=COUNTS) for row in pairwise(NOT_FINITE_COUNTS)
+    Case(None, stateless=stateless, dtype=dtype, shape=(6, 40, 5), surrogate_function=COUNTS)
+    for stateless, dtype in ((False, torch.float32), (True, torch.bfloat16))
 ]
 
 
@@ -123,7 +118,9 @@ def points(module):
     edges = torch.cat([edges, 0.0 - edges])  # never -0.0, which no H - V_th is
     inf = torch.tensor(math.inf)
     near = [edges, torch.nextafter(edges, inf), torch.nextafter(edges, -inf)]
-    return torch.cat([torch.linspace(-4, 4, 801), *near])
+    # Outside of its support SpikingJelly sets 0 even where what comes in is NaN.
+    others = [] if isinstance(module, surrogate.PiecewiseQuadratic) else [inf, -inf, torch.nan]
+    return torch.cat([torch.linspace(-4, 4, 801), *near, torch.tensor(others)])
 
 
 @pytest.mark.parametrize(
@@ -147,7 +144,8 @@ def test_derivative_equals_spikingjellys(fused, compiled, module):
     x.requires_grad_()
     (expected,) = torch.autograd.grad(module(x).sum(), x)
     tolerance = TOLERANCE[torch.float32]["value"]
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    about = {"rtol": tolerance, "atol": tolerance, "equal_nan": True}
+    torch.testing.assert_close(found, expected, **about)
 
 
 @pytest.mark.parametrize("changes", [{}, {"stateless": True}, {"dtype": torch.bfloat16}], ids=str)
@@ -155,16 +153,16 @@ def test_counts_at_their_edges(fused, changes):
     assert_counts_at_their_edges(fused.multi_step, reference.multi_step, **changes)
 
 
-@pytest.mark.parametrize("v_reset", [0.0, -0.25, None])
+@pytest.mark.parametrize("v_reset", [0.0, None])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_spikes_at_their_edges(fused, v_reset, dtype):
     changes = {"v_reset": v_reset, "dtype": dtype}
     assert_spikes_at_their_edges(fused.multi_step, reference.multi_step, **changes)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
-@pytest.mark.parametrize("most", [0, 1, 2, 15])  # 0: of silence, as counts
-@pytest.mark.parametrize(("T", "neurons"), [(1, 1), (13, 3), (4, 80), (24, 2081), (8, 0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("most", [0, 1, 15])  # 0: of silence, as counts
+@pytest.mark.parametrize(("T", "neurons"), [(1, 1), (13, 3), (24, 2080), (8, 0)])
 def test_whole_numbers_are_packed_and_unpacked(fused, T, neurons, most, dtype):
     values = torch.arange(T * neurons).remainder(most + 1).view(T, neurons).to(dtype)
     want, engine = bits.pack(values, most), fused.ENGINE
@@ -184,40 +182,26 @@ def test_one_parameter_may_be_per_layer_and_the_other_per_channel(fused):
     assert_close(got, want, case, leaves)
 
 
-def test_without_gradients_nothing_is_saved(fused):
-    case = Case(shape=(24, 3, 5))
-    with torch.no_grad():
-        leaves = tensors(case).values()
-        spikes, v, v_seq = fused.multi_step(*leaves, store_v_seq=False, **case.options())
-    assert spikes.grad_fn is None and v.grad_fn is None and v_seq is None
-
-
-def test_a_call_like_one_before_reads_no_step_and_no_key_again(fused, monkeypatch):
+def test_a_call_like_one_before_reads_no_step_again(fused, monkeypatch):
     case = Case(shape=(4, 3, 5))
-    leaves, entered = tensors(case).values(), []
-    run = partial(fused.multi_step, *leaves, store_v_seq=False, **case.options())
-    want = run()
+    want = results(fused.multi_step, case)
     monkeypatch.setattr(function_of_alif, "read_alif", None)
-
-    def see(frame, event, argument):
-        if event == "call" and "sj_taid" in frame.f_code.co_filename:
-            entered.append(frame.f_code.co_qualname)
-
-    sys.setprofile(see)
-    try:
-        got = run()
-    finally:
-        sys.setprofile(None)
-    assert len(entered) < 30, entered
-    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+    assert_equal(results(fused.multi_step, case), want)
 
 
-def test_a_surrogate_that_is_changed_is_read_again(fused):
-    fires = surrogate.ATan()
+@pytest.mark.parametrize(
+    "other",
+    [{"v_reset": -0.25}, {"decay_input": False}, {"detach_reset": True}, {"alpha": 2}],
+    ids=str,
+)
+def test_calls_with_other_options_are_others(fused, other):
+    fires = surrogate.ATan(3.5)
     case = Case(shape=(4, 3, 5), surrogate_function=fires)
-    for fires.alpha in (2.0, 3.5, 2):
-        got, want = (results(f, case) for f in (fused.multi_step, reference.multi_step))
-        assert_close(got, want, case, tensors(case))
+    for changes in ({}, other, {}):
+        fires.alpha = changes.get("alpha", 3.5)
+        changed = case.with_(**{name: value for name, value in changes.items() if name != "alpha"})
+        got, want = (results(f, changed) for f in (fused.multi_step, reference.multi_step))
+        assert_close(got, want, changed, tensors(changed))
 
 
 def test_a_surrogate_with_a_hook_is_refused_after_calls_without(fused):
@@ -227,13 +211,3 @@ def test_a_surrogate_with_a_hook_is_refused_after_calls_without(fused):
     fires.register_forward_hook(lambda module, inputs, output: output * 2)
     with pytest.raises(NotRead, match="hooks"):
         results(fused.multi_step, case)
-
-
-@pytest.mark.parametrize(
-    "other", [{"v_reset": -0.25}, {"decay_input": False}, {"detach_reset": True}]
-)
-def test_calls_with_other_options_are_others(fused, other):
-    fires = surrogate.ATan()
-    for case in (Case(surrogate_function=fires), Case(surrogate_function=fires, **other)):
-        got, want = (results(f, case) for f in (fused.multi_step, reference.multi_step))
-        assert_close(got, want, case, tensors(case))

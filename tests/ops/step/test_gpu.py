@@ -11,8 +11,6 @@ from sj_taid.functional import alif_multi_step
 from sj_taid.nets.neurons import as_read
 from sj_taid.ops import bits
 from sj_taid.ops.step import reference
-from sj_taid.ops.step.fused import PLANS
-from sj_taid.ops.step.plan import find_plan
 from sj_taid.ops.step.record import Notes
 from tests.helpers import (
     Case,
@@ -26,7 +24,6 @@ from tests.helpers import (
 from tests.ops.step.conformance import (
     COMPACT,
     COUNT_OPTIONS,
-    OPTIONS,
     compare,
     make_case,
     pairwise,
@@ -69,12 +66,6 @@ OTHERS = [
 
 @pytest.mark.parametrize("case", [make_case(row) for row in ROWS], ids=str)
 def test_conforms(cuda, case):
-    """In a minute: what ``make gpu`` runs."""
-    test_every_pair_of_options(cuda, case)
-
-
-@pytest.mark.parametrize("case", [make_case(row) for row in pairwise(OPTIONS)], ids=str)
-def test_every_pair_of_options(cuda, case):
     with use_large_kernels(cuda):
         assert not compare(case, cuda.multi_step, "cuda", cuda.launches)
 
@@ -159,18 +150,6 @@ def test_cuda_graph_replays_with_current_parameters():
     graph.replay()
     expected = step()
     assert all(torch.equal(c, e) for c, e in zip(captured, expected, strict=True))
-
-
-def test_first_call_in_a_capture_says_what_to_do(cuda):
-    x_seq, w, threshold = (tensors(CASE, "cuda")[n] for n in ("x", "w", "v_threshold"))
-    cuda._function.cache_clear()
-    find_plan.cache_clear()
-    PLANS.clear()
-    with (
-        pytest.raises(RuntimeError, match="run one training step before capturing"),
-        torch.cuda.graph(torch.cuda.CUDAGraph()),
-    ):
-        on_gpu(x_seq, 0.0, w, threshold, **CASE.options())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -215,16 +215,7 @@ def test_breaking_one_line_turns_conformance_red(launcher, tmp_path, how, line, 
 @pytest.mark.parametrize("step", [None, *(pytest.param(k, marks=needs_ucontext) for k in (1, -1))])
 @pytest.mark.parametrize(
     ("rows", "run", "channels"),
-    [
-        (0, 1, 4),
-        (1, 1, 1),
-        (7, 3, 5),
-        (600, 1, 4),
-        (2, 512, 3),
-        (2, 513, 3),
-        (3, 5000, 2),
-        (99_999, 1, 1),
-    ],
+    [(0, 1, 4), (1, 1, 1), (7, 3, 5), (600, 1, 4), (2, 513, 3), (99_999, 1, 1)],
 )
 def test_sums_over_threads_are_exact_and_of_every_thread_once(launcher, step, rows, run, channels):
     check_sums(launcher, step, rows, run, channels)

@@ -6,7 +6,6 @@ import pytest
 import torch
 from spikingjelly.activation_based import neuron
 
-from sj_taid import ALIFNode
 from sj_taid.nets.neurons import as_read
 from sj_taid.ops.step.autograd import apply_fused
 from sj_taid.ops.step.plan import spec_of
@@ -21,16 +20,10 @@ pytestmark = needs_gxx
 
 MAKERS = {kind.__name__: kind for kind in own_neurons.OWN}
 MAKERS |= {
-    "ALIF": ALIFNode,
-    "ALIF per channel": lambda: ALIFNode(channels=4, v_reset=None),
-    "LIF soft": lambda: neuron.LIFNode(v_reset=None, decay_input=False),
-    "LIF to -0.5, detached": lambda: neuron.LIFNode(tau=1.7, v_reset=-0.5, detach_reset=True),
-}
-MAKERS |= {
     name: getattr(neuron, name)
     for name in (
-        *("IFNode", "LIFNode", "ILIFNode", "KLIFNode", "QIFNode", "EIFNode", "CUBALIFNode"),
-        *("ComplementaryLIFNode", "TernaryLIFNode", "IzhikevichNode"),
+        *("IFNode", "ILIFNode", "KLIFNode", "QIFNode", "EIFNode", "ComplementaryLIFNode"),
+        *("TernaryLIFNode", "IzhikevichNode"),
     )
     if hasattr(neuron, name)
 }

@@ -1,9 +1,5 @@
 """The kernels as NVIDIA's compiler sees them: what of a thread is not in registers."""
 
-import ctypes
-import sys
-from pathlib import Path
-
 import pytest
 
 from tests.ops.step import nvrtc
@@ -26,14 +22,3 @@ def test_no_array_of_a_thread_is_in_local_memory(arch):
     """
     for kernel, r in nvrtc.compile_all(arch):
         assert r.stack < kernel.bytes, (kernel.neuron, kernel.name)
-
-
-def test_library_is_loaded_after_the_builtins_next_to_it(tmp_path, monkeypatch):
-    names, loaded = ["libnvrtc-builtins.so.13.0", "libnvrtc.so.13"], []
-    (folder := tmp_path / "nvidia" / "cu13" / "lib").mkdir(parents=True)
-    for name in (*names, "libnvrtc-builtins.alt.so.13.0", "libnvrtc.alt.so.13"):
-        (folder / name).touch()
-    monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    monkeypatch.setattr(ctypes, "CDLL", loaded.append)
-    nvrtc.library.__wrapped__()
-    assert [Path(path).name for path in loaded] == names
