@@ -30,7 +30,7 @@ from sj_taid.ops.step.plan import spec_of
 from sj_taid.ops.step.read import Reading
 from sj_taid.ops.step.record import Neuron, Notes
 from tests.helpers import Case
-from tests.ops.step.conformance import COUNTS, SURROGATES, make_reading, pairwise
+from tests.ops.step.conformance import COUNTS, make_reading, pairwise
 
 
 class Resources(NamedTuple):
@@ -129,13 +129,6 @@ OPTIONS = {
     "needs": ("x", "all", "norm", "norm and sums", "all and norm"),
     "pack": (False, True),
 }
-#: of ALIF, by reset, surrogate, whether that is detached and the input decays
-ALIFS = {
-    "v_reset": (0.0, -0.25, None, "counts"),
-    "surrogate": ("Sigmoid", "S2NN", "QPseudoSpike", "ATan"),
-    "detach_reset": (False, True),
-    "decay_input": (False, True),
-}
 #: neurons of SpikingJelly's, of one to two states; the installed version may lack some
 NEURONS = (
     *("IFNode", "LIFNode", "KLIFNode", "QIFNode", "EIFNode", "TernaryLIFNode"),
@@ -145,12 +138,8 @@ NEURONS = (
 
 def readings() -> Iterator[tuple[str, Reading]]:
     """Neurons that kernels are compiled for."""
-    for row in pairwise(ALIFS):
-        name = ", ".join(map(str, row.values()))
-        kind = SURROGATES[row.pop("surrogate")]
-        if row["v_reset"] == "counts":
-            kind, row["v_reset"] = COUNTS["counts"], None
-        yield f"ALIF, {name}", make_reading(Case(surrogate_function=kind(), **row))
+    yield "ALIF", make_reading(Case())
+    yield "ALIF of counts", make_reading(Case(None, surrogate_function=COUNTS["counts"]()))
     for name in NEURONS:
         if hasattr(neuron, name):
             node = getattr(neuron, name)()

@@ -181,9 +181,9 @@ MUTATIONS = [
     (check_sums, "double", "float"),
     # the launcher: whose grid made the sums, what must start at 16 bytes
     (NORM, "(norm_grid or grid).partials", "grid.partials"),
-    (partial(check_starts, norm=None, which="v0"), "is_aligned(*operands[:first], *upstream)",
+    (partial(check_starts, which="v0"), "is_aligned(*operands[:first], *upstream)",
      "is_aligned(operands[0], *upstream)"),
-    (partial(check_starts, norm=None, which="grad_v"), "is_aligned(*operands[:first], *upstream)",
+    (partial(check_starts, which="grad_v"), "is_aligned(*operands[:first], *upstream)",
      "is_aligned(*operands[:first])"),
 ]  # fmt: skip
 ROW = {option: values[0] for option, values in OPTIONS.items()}

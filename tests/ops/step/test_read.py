@@ -56,15 +56,20 @@ def put(a, b):
     return a
 
 
+#: of a value and a parameter
+LEARNED = [
+    *(lambda a, p: a * p, lambda a, p: a + p.tanh() * 0.5),
+    lambda a, p: a / (1 + p.detach() ** 2),
+]
+
+
 def with_item(z, value):
     z = z.clone()
     z[:1] = value
     return z
 
 
-BRANCHES_OF_PAIRS = [
-    *(torch.minimum, torch.maximum, put, lambda a, b: torch.where(a > b, a, b * 0.5)),
-]
+BRANCHES_OF_PAIRS = [torch.minimum, torch.maximum, put, lambda a, b: torch.where(a > b, a, b * 0.5)]
 #: what must be seen for what it is: not pointwise, random, of a shape, or known at the call alone
 POISON = [
     *(lambda a: a.flip(0), lambda a: a.cumsum(0), lambda a: a.softmax(-1)),
@@ -96,33 +101,25 @@ class Random:
         twos = PAIRS + ([] if seed % 2 else BRANCHES_OF_PAIRS)
         many, self.lines = 1 + self.states, []
         for k in range(rng.randrange(4, 9)):
-            kind = rng.random()
+            kind, first = rng.random(), rng.randrange(many)
             if kind < 0.45 or k == len(self.sizes) == 0:
-                line = rng.choice(twos), rng.randrange(many), rng.randrange(many)
+                line = rng.choice(twos), first, "value", rng.randrange(many)
             elif kind < 0.7 and self.sizes:
-                way = rng.choice(["scale", "shift", "gate"])
-                line = way, rng.randrange(many), rng.randrange(len(self.sizes))
+                line = rng.choice(LEARNED), first, "parameter", rng.randrange(len(self.sizes))
             else:
-                line = rng.choice(ones), rng.randrange(many), None
+                line = rng.choice(ones), first, None, None
             self.lines.append(line)
             many += 1
         if poison:
-            self.lines.insert(0, (poison, rng.randrange(1 + self.states), None))
-            self.lines.append((torch.add, many, 1 + self.states))
+            self.lines.insert(0, (poison, rng.randrange(1 + self.states), None, None))
+            self.lines.append((torch.add, many, "value", 1 + self.states))
 
     def __call__(self, x, states, parameters):
         values = [x, *states]
-        for function, first, second in self.lines:
-            a = values[first]
-            if function == "scale":
-                a = a * parameters[second]
-            elif function == "shift":
-                a = a + parameters[second].tanh() * 0.5
-            elif function == "gate":
-                a = a / (1 + parameters[second].detach() ** 2)
-            else:
-                a = function(a) if second is None else function(a, values[second])
-            values.append(a)
+        homes = {"value": values, "parameter": parameters}
+        for function, first, home, second in self.lines:
+            more = [] if home is None else [homes[home][second]]
+            values.append(function(values[first], *more))
         ends = [
             (v * 0.9 + s * 0.25 + x * 0.3).clamp(-2, 2)
             for v, s in zip(values[-self.states :], states, strict=False)
