@@ -4,7 +4,6 @@ import copy
 import random
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import pytest
@@ -12,13 +11,11 @@ import torch
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.nn import functional as F
 from torch.testing import assert_close
 
-from sj_taid import ALIFNode, accelerate, swap_neurons
-from sj_taid._internal import compat
+from sj_taid import ALIFNode, swap_neurons
 from tests.helpers import default_dtype
-from tests.nets.alike import assert_alike, results, robust
+from tests.nets.alike import results
 
 
 def count(x, most=4):
@@ -39,46 +36,10 @@ class MemUpdate(nn.Module):
 
 
 class MultiSpike(nn.Module):
-    """V3's, which divides its counts, but before the head; its input has no time."""
-
-    def __init__(self, max_value=8, Norm=None):
-        super().__init__()
-        self.max_value, self.Norm = max_value, max_value if Norm is None else Norm
+    """V3's, which divides its counts; its input has no time."""
 
     def forward(self, x):
-        return count(x, self.max_value) / self.Norm
-
-
-class MultiSpike4(MultiSpike):
-    """SpikeYOLO's, which does not divide them."""
-
-    def __init__(self):
-        super().__init__(4, 1)
-
-
-class OwnNode(getattr(neuron, "SimpleBaseNode", neuron.BaseNode)):
-    """A BaseNode of one's own, with a decay that learns."""
-
-    def __init__(self, decay=0.75, **options):
-        super().__init__(**options)
-        self.decay = nn.Parameter(torch.tensor(decay))
-
-    def neuronal_charge(self, x):
-        self.v = self.v * self.decay + x
-
-
-class TDBN(nn.BatchNorm2d):
-    """Threshold-dependent batch norm over ``[T, N, C, H, W]``."""
-
-    def __init__(self, channels, v_threshold=0.5):
-        super().__init__(channels)
-        self.v_threshold = v_threshold
-
-    def forward(self, x):
-        moments = self.running_mean, self.running_var, None, None, self.training, self.momentum
-        x = F.batch_norm(x.flatten(0, 1), *moments, self.eps).view_as(x)
-        weight, bias = (p.view(-1, 1, 1) for p in self.parameters())
-        return self.v_threshold * x * weight + bias
+        return count(x, 8) / 8
 
 
 class Fire(torch.autograd.Function):
@@ -112,8 +73,8 @@ class Kept(nn.Module):
         self.mem = 0.0
 
 
-FROZEN = {"learn_threshold": False, "step_mode": "m"}
-TRIANGLE = {"surrogate_function": surrogate.PiecewiseQuadratic(alpha=1.0), "learn_tau": False}
+FROZEN = {"learn_tau": False, "learn_threshold": False, "step_mode": "m"}
+TRIANGLE = surrogate.PiecewiseQuadratic(alpha=1.0)
 
 
 def from_rest(node, inputs):
@@ -127,81 +88,37 @@ def integer_lif(old):
     return new
 
 
-def multi_spike(old):
-    options = {"levels": old.max_value, "normalize": old.Norm == old.max_value}
-    return ALIFNode(None, **options, **FROZEN)
-
-
-def tdbn(old):
-    new = layer.ThresholdDependentBatchNorm2d(1.0, old.v_threshold, old.num_features)
-    new.step_mode = "m"
-    new.load_state_dict(old.state_dict())
-    with torch.no_grad():
-        new.weight *= old.v_threshold
-    return new
-
-
-def of_own_node(old):
-    tau = 1.0 / (1.0 - old.decay.item())
-    names = ("v_threshold", "v_reset", "surrogate_function", "detach_reset", "step_mode")
-    options = {name: getattr(old, name) for name in names}
-    return ALIFNode(tau, False, learn_threshold=False, **options)
-
-
 MADE = {
     MemUpdate: integer_lif,
-    MultiSpike4: lambda old: ALIFNode(None, levels=4, **FROZEN),
-    MultiSpike: multi_spike,
-    OwnNode: of_own_node,
-    TDBN: tdbn,
-    Kept: lambda old: ALIFNode(2.0, False, **TRIANGLE, **FROZEN),
+    MultiSpike: lambda old: ALIFNode(None, levels=8, normalize=True, **FROZEN),
+    Kept: lambda old: ALIFNode(2.0, False, surrogate_function=TRIANGLE, **FROZEN),
+    neuron.LIFNode: lambda old: ALIFNode(old.tau, **FROZEN),
 }
-OWN = {OwnNode: partial(OwnNode, step_mode="m"), TDBN: partial(TDBN, 6)}
 
 
 def make(kind):
-    """A class of one's own between layers; ``[4, 2, 3, 8, 8]`` is an input."""
-    own = OWN.get(kind, kind)()
-    norm = [layer.BatchNorm2d(6)] if kind is not TDBN else []
-    net = nn.Sequential(layer.Conv2d(3, 6, 3), *norm, own, layer.Conv2d(6, 4, 1), layer.Flatten(2))
+    """Such a module between layers; ``[4, 2, 3, 8, 8]`` is an input."""
+    net = nn.Sequential(
+        *(layer.Conv2d(3, 6, 3), layer.BatchNorm2d(6), kind()),
+        *(layer.Conv2d(6, 4, 1), layer.Flatten(2)),
+    )
     functional.set_step_mode(net, "m")
     return net
-
-
-if not compat.FUNCTIONAL_STATES:  # 0.0.0.0.14's does not run
-    MADE.pop(TDBN)
-#: of what both nets have: the gradients of the convolutions' weights
-COMPARED = ("output 0", "grad of x", "grad of 0.weight", "grad of 3.weight", "grad of 2.weight")
 
 
 @pytest.mark.parametrize("kind", MADE, ids=lambda kind: kind.__name__)
 def test_successors_train_as_the_nets_own_classes_do(kind):
     with default_dtype(torch.float64):  # its rounding moves no spike
         net, x = make(kind), torch.randn(4, 2, 3, 8, 8) * 2
-        plain, path = copy.deepcopy(net), "1" if kind is TDBN else "2"
+        plain = copy.deepcopy(net)
         (row,) = swap_neurons(net, replace={kind: MADE[kind]}, example=x).rows
-    assert (row.layer, row.kind, row.done != "") == (path, kind.__name__, True)
+    assert (row.layer, row.kind, row.done) == ("2", kind.__name__, "ALIFNode")
     but = " but for its mem" if kind is Kept else ""
     assert row.note == f"by replace=, equal on the example{but}"
     for training in (True, False):
         found = (results(n.train(training), x) for n in (net, plain))
-        got, expected = ({k: v for k, v in f.items() if k[8:] in COMPARED} for f in found)
+        got, expected = ({k: v for k, v in f.items() if k[-2:] != ".v"} for f in found)
         assert_close(got, expected, rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("kind", [MemUpdate, MultiSpike4, MultiSpike, OwnNode, Kept])
-def test_successors_are_fused_with_the_norm(kind):
-    def make_swapped():
-        net = make(kind)
-        swap_neurons(net, replace={kind: MADE[kind]})
-        return net, torch.randn(4, 2, 3, 8, 8) * 2
-
-    net, x = robust(make_swapped)
-    plain, exact = copy.deepcopy(net), copy.deepcopy(net).double()
-    report = accelerate(net, x)
-    assert [row.done for row in report.rows] == ["fused into 2", "fused operator"]
-    assert report.saved_bytes[1] < report.saved_bytes[0]
-    assert_alike(results(net, x), results(plain, x), results(exact, x.double()))
 
 
 def widen(x, axis, small=1.0):
@@ -272,9 +189,7 @@ KINDS = {
     "mode": ("output 1", "x if m.training else count(x)", "x * 1"),
     "modes within": ("output 1", "m.normed(x)", "(m.norm.train(m.training), m.normed(x))[1]"),
     "tuple of one": ("structure of output 1", "(count(x),)", "count(x)[None]"),
-    "key": ("structure of output 1", "{'a': x, 'b': [x + 1]}", "{'a': x, 'c': [x + 1]}"),
     "dataclass": (r"output 1\['Both'\]\['rate'\]", "Both(x, x.mean().item())", "Both(x, 0.5)"),
-    "boolean": (r"output 1\[1\]", "(x, x > 1)", "(x, x > 2)"),
     "integer": ("output 1", "50_000 * count(x).long()", "50_000 * count(x).long() + 1"),
     "dtype": ("output 1", "x > 1", "(x > 1).float()"),
     "complex": ("output 1", "torch.fft.rfft(x)", "torch.fft.rfft(x).conj()"),
@@ -293,11 +208,12 @@ KINDS = {
         "with_gradient_of(widen(x, 2), widen(x, 2, 1.01))",
     ),
     "small channel, first": ("output 1", "widen(x, 0)", "widen(x, 0, 1.01)"),
-    "small channel": ("output 1", "widen(x, 1)", "widen(x, 1, 1.01)"),
     "small channel, last": ("output 1", "widen(x, 2)", "widen(x, 2, 1.01)"),
-    "torch's random numbers": ("output 1", "x * torch.rand(())", "x * 0.5"),
-    "numpy's random numbers": ("output 1", "x * np.random.rand()", "x * 0.5"),
-    "Python's random numbers": ("output 1", "x * random.random()", "x * 0.5"),
+    "random numbers": (
+        "output 1",
+        "x * (torch.rand(()) + np.random.rand() + random.random())",
+        "x * 0.5",
+    ),
 }
 SHARED = ("parameter", "modes within")  #: also with the parts of the old module in its successor
 
@@ -363,7 +279,8 @@ def test_an_error_of_a_successors_names_it_and_floats_may_be_of_another_dtype():
     with pytest.raises(RuntimeError, match="shapes") as caught:
         swap_neurons(net, replace={Own: lambda old: nn.Linear(3, 3)}, example=x)
     assert caught.value.__notes__ == ["raised by what replace= gives for '0', on its input there"]
-    assert "equal" in str(swap_neurons(net, replace={Own: MADE[MultiSpike4]}, example=x))
+    replace = {Own: lambda old: Successor("count(x)")}
+    assert "equal" in str(swap_neurons(net, replace=replace, example=x))
 
 
 def test_notes_say_what_is_kept_or_lost_and_what_shows_nothing():
@@ -371,8 +288,8 @@ def test_notes_say_what_is_kept_or_lost_and_what_shows_nothing():
         def __init__(self):
             super().__init__()
             self.read, self.idle, self.silent, self.kept = (MultiSpike() for _ in range(4))
-            self.kept.Norm, self.read.gain, self.read.levels, self.read.table = 1, 2.0, 9, x
-            self.state, self.lif = Kept(), neuron.LIFNode()
+            self.kept.stays, self.read.gain, self.read.levels, self.read.table = 1, 2.0, 9, x
+            self.state = Kept()
             self.writes = Own("x * m.scale.data.clamp_(0, 1)", scale=nn.Parameter(2 * x[0]))
 
         def forward(self, x):
@@ -380,8 +297,8 @@ def test_notes_say_what_is_kept_or_lost_and_what_shows_nothing():
             return y + self.state(x) + self.state.mem * self.read.gain
 
     x = torch.randn(4, 5) * 4
-    net, replace = Reads(), {MultiSpike: lambda o: o if o.Norm == 1 else multi_spike(o)}
-    replace |= {Kept: MADE[Kept], neuron.LIFNode: lambda old: old}
+    net, replace = Reads(), {Kept: MADE[Kept]}
+    replace[MultiSpike] = lambda old: old if hasattr(old, "stays") else MADE[MultiSpike](old)
     replace[Own] = lambda old: Successor("x * m.scale.data.clamp(0, 1)", scale=old.scale)
     report = swap_neurons(net, replace=replace, example=x)
     assert {row.layer: row.note for row in report.rows} == {
@@ -390,7 +307,6 @@ def test_notes_say_what_is_kept_or_lost_and_what_shows_nothing():
         "silent": "by replace=, not compared: it gives one value on the example",
         "kept": "kept by replace=",
         "state": "by replace=, equal on the example but for its mem",
-        "lif": "kept by replace=",
         "writes": "by replace=, equal on the example but for its scale",
     }
     assert type(net.kept) is MultiSpike and isinstance(net.silent, ALIFNode)
@@ -398,18 +314,15 @@ def test_notes_say_what_is_kept_or_lost_and_what_shows_nothing():
 
 
 def test_what_is_no_successor_leaves_the_net():
-    net, one = nn.Sequential(MultiSpike4(), MultiSpike4()), MADE[MultiSpike4](None)
-    for function in (5, ALIFNode, lambda _: None, lambda old: nn.Sequential(old), lambda _: one):
-        with pytest.raises(TypeError, match=r"for each MultiSpike4, .* for '[01]' it gave"):
-            swap_neurons(net, replace={MultiSpike4: function})
-    for kind in (MultiSpike, "MultiSpike4", nn.Module):
-        with pytest.raises(ValueError, match="no module of exactly this class"):
-            swap_neurons(net, replace={kind: MADE[MultiSpike4]})
+    net, one = nn.Sequential(MultiSpike(), MultiSpike()), MADE[MultiSpike](None)
+    for function in (ALIFNode, lambda _: None, lambda old: nn.Sequential(old), lambda _: one):
+        with pytest.raises(TypeError, match=r"for each MultiSpike, .* for '[01]' it gave"):
+            swap_neurons(net, replace={MultiSpike: function})
+    with pytest.raises(ValueError, match="no module of exactly this class"):
+        swap_neurons(net, replace={nn.Module: MADE[MultiSpike]})
     with pytest.raises(ValueError, match="example= compares the modules that replace= names"):
         swap_neurons(net, example=torch.rand(2, 3))
-    with pytest.raises(TypeError, match="the example must be a tensor, or a tuple"):
-        swap_neurons(net, replace={MultiSpike4: MADE[MultiSpike4]}, example=[1])
-    assert [type(module) for module in net] == [MultiSpike4, MultiSpike4]
+    assert [type(module) for module in net] == [MultiSpike, MultiSpike]
 
 
 class Slotted(neuron.LIFNode):
@@ -420,8 +333,8 @@ class Slotted(neuron.LIFNode):
 
 def test_what_can_become_no_other_leaves_the_net():
     made = iter([nn.Identity(), Slotted()])
-    for last, replace in ((Slotted(), None), (MultiSpike4(), {MultiSpike4: lambda _: next(made)})):
-        net = nn.Sequential(neuron.LIFNode(), *[MultiSpike4()] * (replace is not None), last)
+    for last, replace in ((Slotted(), None), (MultiSpike(), {MultiSpike: lambda _: next(made)})):
+        net = nn.Sequential(neuron.LIFNode(), *[MultiSpike()] * (replace is not None), last)
         before = [(type(module), dict(vars(module))) for module in net]
         with pytest.raises(TypeError, match=r"'[12]' cannot become a .* leave out __slots__"):
             swap_neurons(net, replace=replace)
@@ -430,11 +343,11 @@ def test_what_can_become_no_other_leaves_the_net():
 
 def test_a_successor_is_reset_and_may_hold_parts_of_the_old_module():
     block = Own("m.scale(m.norm(x))", nn.Linear(2, 2), neuron.LIFNode())
-    net = nn.Sequential(nn.Identity(), block, MultiSpike4())
+    net = nn.Sequential(nn.Identity(), block, MultiSpike())
     net.by_name, weight = {"one": [block]}, block.norm.weight
     functional.reset_net(net)  # which remembers what to reset
     one = ALIFNode(v_threshold=0.1)
-    replace = {Own: lambda old: nn.Sequential(old.norm, old.scale), MultiSpike4: lambda old: one}
+    replace = {Own: lambda old: nn.Sequential(old.norm, old.scale), MultiSpike: lambda old: one}
     assert [row.layer for row in swap_neurons(net, replace=replace).rows] == ["1", "1.scale", "2"]
     assert net[1] is block is net.by_name["one"][0] and block[0].weight is weight
     net(torch.rand(1, 2))
