@@ -18,7 +18,8 @@ needs_2 = pytest.mark.skipif(
     not compat.FUNCTIONAL_STATES, reason="0.0.0.0.14 has no such module; 2.x does"
 )
 
-NETS = sorted({"sew_resnet", "mnist_net", "spikformer"}.intersection(ZOO))
+LIF, PLIF = neuron.LIFNode, neuron.ParametricLIFNode
+NETS = {"sew_resnet": LIF, "spikformer": PLIF, "mnist_net": neuron.IFNode}
 
 
 def run(net, x):
@@ -27,15 +28,13 @@ def run(net, x):
     return net(x)
 
 
-@pytest.mark.parametrize("kind", [neuron.LIFNode, neuron.ParametricLIFNode, neuron.IFNode])
-@pytest.mark.parametrize("name", NETS)
-def test_swap_zoo_net_has_equal_outputs_and_trains(name, kind):
+@pytest.mark.parametrize("name", sorted(NETS.keys() & {*ZOO}))
+def test_swap_zoo_net_has_equal_outputs_and_trains(name):
+    kind = NETS[name]
     net, x = build(name, kind)
     before, before_eval = run(net, x).detach(), run(net.eval(), x).detach()
     assert before.abs().sum() > 0, "the net is silent, so equal outputs would prove nothing"
-
     report = swap_neurons(net)
-
     assert len(report.rows) >= 4 and all(row.done for row in report.rows)
     assert not any(type(module) is kind for module in net.modules())
     assert torch.equal(run(net, x), before_eval)
@@ -45,20 +44,17 @@ def test_swap_zoo_net_has_equal_outputs_and_trains(name, kind):
     plain = to_lif(net)
     assert not any(isinstance(module, ALIFNode) for module in plain.modules())
     assert torch.equal(run(plain, x), before)
-
     after.square().sum().backward()
     for path, parameter in net.named_parameters():
         if kind is neuron.IFNode and path.endswith(".w"):
             assert not parameter.requires_grad
         else:
             assert parameter.grad is not None and parameter.grad.isfinite().all(), path
-    torch.optim.SGD(net.parameters(), lr=1e-2).step()
-    assert run(net, x).isfinite().all()
 
 
-@pytest.mark.parametrize("v_reset", [0.0, -0.25, None])
+@pytest.mark.parametrize("v_reset", [-0.25, None])
 @pytest.mark.parametrize("decay_input", [True, False])
-@pytest.mark.parametrize("tau", [1.25, 4.0 / 3.0, 2.0, 3.0, 4.0, 16.0, 50.0, 128.0, math.inf])
+@pytest.mark.parametrize("tau", [4.0 / 3.0, 16.0, 50.0, 128.0, math.inf])
 def test_swap_any_tau_gives_equal_spikes_and_close_voltages(tau, decay_input, v_reset):
     options = {"v_threshold": 0.7, "v_reset": v_reset, "step_mode": "m"}
     is_if = tau == math.inf
@@ -70,7 +66,7 @@ def test_swap_any_tau_gives_equal_spikes_and_close_voltages(tau, decay_input, v_
     (row,) = swap_neurons(net).rows
     # These inputs meet no threshold to the last bit, so rounding moves no spike.
     assert torch.equal(net(x), spikes)
-    exact = tau in (2.0, 4.0, 16.0, math.inf)  # no float32 w has the sigmoid 1/128
+    exact = tau in (16.0, math.inf)  # no float32 w has the sigmoid 1/128
     equal = "equal outputs" if exact else "equal outputs to rounding"
     equal += ", w frozen: no leak" if is_if else ""
     assert row.note.startswith(f"{equal}, v_threshold >= ")
@@ -82,19 +78,25 @@ def test_swap_any_tau_gives_equal_spikes_and_close_voltages(tau, decay_input, v_
         assert net[0].w.sigmoid().item() == 0.75
 
 
-@pytest.mark.parametrize("options", [{}, {"learn_tau": False}, {"learn_threshold": False}], ids=str)
 @pytest.mark.parametrize(
-    "make", [neuron.LIFNode, neuron.ParametricLIFNode, neuron.IFNode, ALIFNode], ids=str
+    ("options", "learned"),
+    [
+        ({}, [True, True, False]),
+        ({"learn_threshold": False}, [True, True, False]),
+        ({"learn_tau": False}, [False, False, False]),
+    ],
 )
-def test_swap_says_how_many_parameters_an_optimizer_made_before_lacks(make, options):
-    net = nn.Sequential(nn.Linear(3, 3), make(), nn.Linear(3, 3), make())
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+def test_swap_freezes_parameters_and_says_how_many_an_optimizer_made_before_lacks(options, learned):
+    net = nn.Sequential(LIF(), PLIF(), PLIF())
+    net[2].w.requires_grad_(False)
+    held = {*torch.optim.SGD(net.parameters()).param_groups[0]["params"]}
     report = swap_neurons(net, **options)
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    lacks = sum(p.requires_grad and id(p) not in held for p in net.parameters())
+    assert [node.w.requires_grad for node in net] == learned
+    assert all(node.v_threshold.requires_grad != ("learn_threshold" in options) for node in net)
+    lacks = sum(p.requires_grad and p not in held for p in net.parameters())
     assert report.new_parameters == lacks
     line = f"{lacks} learned parameters are new: make the optimizer after the swap"
-    assert (line in str(report)) == (lacks > 0) and "are new" not in str(swap_neurons(net))
+    assert line in str(report) and "are new" not in str(swap_neurons(net))
 
 
 def test_swap_and_to_lif_keep_options_hooks_and_optimisers():
@@ -213,13 +215,11 @@ def remembering(node, name):
     return node
 
 
-LIF, PLIF = neuron.LIFNode, neuron.ParametricLIFNode
 KEPT = {
     "a subclass of LIFNode": subclass(forward=lambda self, x: x),
     "it has its own penalty, scale, which": with_(
         subclass(penalty=lambda self: 0.0), scale=nn.ReLU()
     ),
-    "it has its own mask, which ALIF": with_(LIF(), mask=nn.Parameter(torch.ones(2))),
     "it has its own seen, which ALIF": remembering(LIF(), "seen"),
     "its w has the shape [3, 1, 1]": with_(PLIF(), w=nn.Parameter(torch.zeros(3, 1, 1))),
     "it is parametrized": register_parametrization(PLIF(), "w", nn.Identity()),
@@ -228,8 +228,8 @@ KEPT = {
     "declined by filter": neuron.IFNode(),
     "its threshold is a tensor": with_(LIF(), v_threshold=torch.ones(3)),
     "its tau is 1.0": with_(LIF(), tau=1.0),
-    "it has its own forward, multi_step_forward, which ALIF": with_(
-        LIF(), forward=abs, multi_step_forward=abs
+    "it has its own forward, mask, which": with_(
+        LIF(), forward=abs, mask=nn.Parameter(torch.ones(2))
     ),
     "its tau is nan": with_(LIF(), tau=math.nan),
     "its threshold is infinite": LIF(v_threshold=math.inf),
@@ -263,41 +263,30 @@ def test_swap_leaves_the_net_as_it_was_after_an_error():
         swap_neurons(net, backend="torhc")
 
 
-def test_swap_freezes_parameters():
-    for frozen, learned in (("learn_threshold", [True, True, False]), ("learn_tau", [False] * 3)):
-        net = nn.Sequential(LIF(), PLIF(), PLIF())
-        net[2].w.requires_grad_(False)
-        swap_neurons(net, **{frozen: False})
-        assert [node.w.requires_grad for node in net] == learned
-        assert all(node.v_threshold.requires_grad == (frozen == "learn_tau") for node in net)
-
-
 def test_swap_takes_dtype_and_device_of_the_neighbours():
     for linear in (nn.Linear(2, 2).double(), nn.LazyLinear(2, dtype=torch.float64)):
-        net = nn.Sequential(linear, neuron.LIFNode(tau=3.0, v_threshold=0.3), neuron.IFNode())
+        net = nn.Sequential(linear, LIF(tau=3.0, v_threshold=0.3), neuron.IFNode())
         swap_neurons(net)
         assert net[2].w.sigmoid().item() == 0.0
         assert net[1].w.dtype == net[1].v_threshold.dtype == torch.float64
         assert net[1].w.sigmoid().item() == pytest.approx(1.0 / 3.0, rel=1e-15)
         assert net[1].v_threshold.item() == 0.3
-    plif = neuron.ParametricLIFNode(v_threshold=0.3)
-    net = nn.Sequential(nn.Linear(2, 2), plif, neuron.LIFNode(3.0))
+    net = nn.Sequential(nn.Linear(2, 2), plif := PLIF(v_threshold=0.3), LIF(3.0))
     with default_dtype(torch.float64):
         swap_neurons(net)
     assert net[1].w is plif.w and {p.dtype for p in net.parameters()} == {torch.float32}
-    on_meta = nn.Linear(2, 2, device="meta")
-    net = nn.Sequential(on_meta, neuron.LIFNode(), nn.Linear(2, 2), neuron.IFNode())
+    net = nn.Sequential(nn.Linear(2, 2, device="meta"), LIF(), nn.Linear(2, 2), LIF())
     swap_neurons(net)
     assert net[1].w.device.type == "meta" and net[3].w.device.type == "cpu"
     with torch.device("meta"):
-        net = nn.Sequential(nn.Linear(2, 2), neuron.LIFNode(tau=3.0))
+        net = nn.Sequential(nn.Linear(2, 2), LIF(tau=3.0))
         assert "equal outputs" in swap_neurons(net).rows[0].note and net[1].w.is_meta
-    net = nn.Sequential(nn.Linear(2, 2).half(), neuron.ParametricLIFNode().half())
+    net = nn.Sequential(nn.Linear(2, 2).half(), PLIF().half())
     assert "float32, not torch.float16" in swap_neurons(net).rows[0].note
     assert net[1].w.dtype == torch.float32
 
 
-@pytest.mark.parametrize("kind", [neuron.LIFNode, ALIFNode])
+@pytest.mark.parametrize("kind", [LIF, ALIFNode])
 def test_to_lif_copies_a_net_that_keeps_what_it_computes(kind):
     net = nn.Sequential(nn.Linear(3, 4), kind(store_v_seq=True, step_mode="m"))
     hidden = net.hidden = net[0](torch.rand(2, 5, 3))
@@ -319,10 +308,9 @@ def test_to_lif_names_thresholds_at_the_reset():
 
 
 @needs_2
-@pytest.mark.parametrize("window", [None, (-0.5, 3.0)])
-@pytest.mark.parametrize("tau", [4.0 / 3.0, 2.0, 1.7])
-def test_integer_lif_is_swapped_and_back(tau, window):
-    fires = MultiLevelSpikeCount(3, grad_window=window)
+@pytest.mark.parametrize("tau", [4.0 / 3.0, 1.7])
+def test_integer_lif_is_swapped_and_back(tau):
+    fires = MultiLevelSpikeCount(3, grad_window=(-0.5, 3.0))
     net = nn.Sequential(neuron.ILIFNode(tau, 0.6, fires, True, "m"))
     x_seq = 2 * torch.randn(5, 3, 7)
     expected = run(net, x_seq)
@@ -331,8 +319,8 @@ def test_integer_lif_is_swapped_and_back(tau, window):
     equal = " to rounding" if tau == 1.7 else ""
     assert report.rows[0].note == f"equal outputs{equal}, v_threshold >= 0.006"
     back = to_lif(net)
-    assert type(back[0]) is neuron.ILIFNode and back[0].surrogate_function is not None
-    assert back[0].tau == pytest.approx(tau) and back[0].detach_reset
+    assert type(back[0]) is neuron.ILIFNode and back[0].detach_reset
+    assert back[0].surrogate_function.grad_max == 3.0 and back[0].tau == pytest.approx(tau)
     for other in (net, back):
         assert torch.equal(run(other, x_seq), expected)
 
@@ -371,12 +359,11 @@ def test_to_lif_names_what_it_cannot_express():
 
 
 @needs_2
-@pytest.mark.parametrize("tau", [4 / 3, 2.0, 3.0])
 @pytest.mark.parametrize("decay_input", [True, False])
-def test_to_lif_of_a_neuron_that_counts(decay_input, tau):
+def test_to_lif_of_a_neuron_that_counts(decay_input):
     """With input that is divided too: then all voltages are tau times as large."""
     options = {"levels": 4, "v_reset": None, "v_threshold": 0.4, "step_mode": "m"}
-    net = nn.Sequential(nn.Linear(3, 50), ALIFNode(tau, decay_input, **options))
+    net = nn.Sequential(nn.Linear(3, 50), ALIFNode(3.0, decay_input, **options))
     net[1].set_reset_value("v", 0.3)
     functional.reset_net(net)
     x, found = 8 * torch.rand(6, 2, 3, dtype=torch.float64), []
@@ -401,14 +388,11 @@ def test_to_lif_lets_nir_export():
 
     net = nn.Sequential(
         layer.Conv2d(1, 4, 3, step_mode="m"),
-        neuron.LIFNode(v_threshold=0.3, step_mode="m"),
+        ALIFNode(v_threshold=0.25, step_mode="m"),
         layer.Flatten(step_mode="m"),
         layer.Linear(4 * 4 * 4, 5, step_mode="m"),
-        neuron.ParametricLIFNode(init_tau=4.0, v_threshold=0.2, step_mode="m"),
+        ALIFNode(init_tau=4.0, v_threshold=0.2, step_mode="m"),
     )
-    swap_neurons(net)
-    with torch.no_grad():
-        net[1].v_threshold.fill_(0.25)
     x = torch.rand(4, 2, 1, 6, 6)
     expected = net(x)
     functional.reset_net(net)
