@@ -2,16 +2,13 @@
 
 import copy
 import time
-import warnings
-from dataclasses import replace
 
 import pytest
 import torch
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
 
-from sj_taid import ALIFNode, accelerate, swap_neurons
-from sj_taid._internal.compat import FUNCTIONAL_STATES
+from sj_taid import ALIFNode, accelerate
 from sj_taid.nets.summary import Acceleration, run_step
 from sj_taid.ops.step.plan import Plans
 from tests.nets.test_accelerate import images, make_net
@@ -20,29 +17,16 @@ from tests.nets.test_accelerate import images, make_net
 @pytest.mark.parametrize(
     ("net", "inputs"),
     [
-        (nn.Linear(6, 3), torch.rand(5, 6)),
-        (nn.Linear(6, 3), torch.rand(100, 6)[::7]),
         (nn.BatchNorm1d(6).eval(), torch.rand(5, 6, requires_grad=True)),
-        (nn.Bilinear(6, 6, 3), (torch.rand(2, 5, 6)[0], torch.rand(1, 6).expand(5, 6))),
+        (nn.Bilinear(6, 6, 3), (torch.rand(100, 6)[:35:7], torch.rand(1, 6).expand(5, 6))),
     ],
 )
 def test_inputs_parameters_and_buffers_do_not_count_as_saved(net, inputs):
     assert run_step(net, inputs, True)[0] == 0
 
 
-def test_an_example_of_a_data_set_counts_as_its_copy():
-    example = images(steps=40)[8:12]
-    saved = [accelerate(make_net(), x).saved_bytes for x in (example, (example.clone(),))]
-    assert saved[0] == saved[1]
-
-
 class LN(nn.LayerNorm):
     pass
-
-
-class RMSNorm(nn.Module):
-    def forward(self, x):
-        return x / x.square().mean(-1, keepdim=True).sqrt()
 
 
 class Normalize(nn.Module):
@@ -50,26 +34,16 @@ class Normalize(nn.Module):
         return x - 0.5
 
 
-@pytest.mark.parametrize(
-    "norm",
-    [
-        layer.SeqToANNContainer(nn.GroupNorm(2, 4)),
-        layer.GroupNorm(2, 4, step_mode="m"),
-        nn.Sequential(LN(6)),
-        nn.Sequential(RMSNorm()),
-    ],
-)
+@pytest.mark.parametrize("norm", [layer.SeqToANNContainer(nn.GroupNorm(2, 4)), LN(6)])
 def test_norms_that_are_no_batch_norms_are_named_and_stay(norm):
     net = make_net()
     net.insert(5, norm)
     net.insert(0, Normalize())
     net.append(nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)))
     report = accelerate(net, images())
-    rows = {row.layer: row for row in report.rows if "on the fused operator" not in row.note}
-    left = {path: row for path, row in rows.items() if not row.done}
-    (path,) = left
-    assert left[path].note == "no batch norm: no mean and variance per channel of the batch"
-    assert left[path].kind == type(net.get_submodule(path)).__name__ and path.startswith("6")
+    (left,) = (row for row in report.rows if not row.done)
+    assert left.note == "no batch norm: no mean and variance per channel of the batch"
+    assert left.kind == type(net.get_submodule(left.layer)).__name__ and left.layer[0] == "6"
     assert str(report).startswith("3 of 3 neurons on the fused operator, 2 of 3 norms fused\n")
 
 
@@ -80,17 +54,15 @@ def test_an_error_of_a_net_in_single_steps_names_the_step_mode():
         accelerate(net, torch.rand(4, 2, 1, 8, 8))
     assert "functional.set_step_mode(net, 'm')" in caught.value.__notes__[0]
     assert accelerate(net, torch.rand(2, 1, 8, 8)).saved_bytes  # steps, as in a loop over time
-    functional.set_step_mode(net, "m")
-    with pytest.raises(RuntimeError, match="channels") as caught:
-        accelerate(net, torch.rand(4, 2, 3, 8, 8))
-    assert not hasattr(caught.value, "__notes__")
 
 
-def test_a_norm_of_inputs_without_gradient_is_said_to_be_apart():
+def test_a_norm_of_inputs_without_gradient_or_that_does_not_run_is_said_to_be_left():
     net = nn.Sequential(layer.BatchNorm1d(6, step_mode="m"), neuron.LIFNode(step_mode="m"))
+    net[1].unused = layer.BatchNorm2d(4)
     report = accelerate(net, torch.rand(4, 5, 6, 7))
-    assert report.rows[0].note == "computed apart: its input requires no gradient"
-    assert "0 of 1 norms fused" in str(report)
+    notes = {row.layer: row.note for row in report.rows}
+    assert notes["0"] == "computed apart: its input requires no gradient"
+    assert notes["1.unused"] == "not run" and "0 of 2 norms fused" in str(report)
 
 
 class As(nn.Module):
@@ -116,23 +88,20 @@ class ByKeyword(nn.Module):
         return self.node(x_seq=x_seq)
 
 
-@pytest.mark.filterwarnings("ignore:backend 'numba' cannot take this call")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_neuron_may_be_called_by_keyword(dtype):
-    net = nn.Sequential(layer.Conv2d(2, 4, 3), layer.BatchNorm2d(4), ByKeyword(neuron.LIFNode()))
+def test_a_neuron_may_be_called_by_keyword():
+    net = nn.Sequential(layer.BatchNorm2d(2), ByKeyword(neuron.LIFNode()))
     functional.set_step_mode(net, "m")
-    report = accelerate(net.to(dtype), images().to(dtype))
-    states = {row.layer: row.state for row in report.rows}
-    assert states["2.node"] == ("fused" if dtype == torch.float32 else "left alone")
+    report = accelerate(net, images().requires_grad_())
+    assert [row.done for row in report.rows] == ["fused into 1.node", "fused operator"]
 
 
 @pytest.mark.filterwarnings("ignore:backend 'numba' cannot take this call")
-@pytest.mark.parametrize("node", [ALIFNode, neuron.LIFNode, neuron.ParametricLIFNode])
+@pytest.mark.parametrize("node", [ALIFNode, neuron.LIFNode])
 @pytest.mark.parametrize(
     ("dtype", "autocast"),
     [
-        *((torch.float32, False), (torch.float16, False), (torch.bfloat16, False)),
-        *((torch.float64, False), (torch.float16, True), (torch.bfloat16, True)),
+        *((torch.float16, False), (torch.bfloat16, False), (torch.float64, False)),
+        *((torch.float16, True), (torch.bfloat16, True)),
     ],
 )
 def test_a_neuron_is_said_to_be_fused_where_a_plan_runs_it(node, dtype, autocast):
@@ -142,7 +111,7 @@ def test_a_neuron_is_said_to_be_fused_where_a_plan_runs_it(node, dtype, autocast
     blind, report = accelerate(copy.deepcopy(net)), accelerate(net, images())
     net(images())
     calls = Plans.of(net.net[2]).values()
-    fused = dtype in (torch.float32, torch.bfloat16)
+    fused = dtype == torch.bfloat16
     assert fused == any(call.plan for call in calls) == report.rows[1].done.startswith("fused ")
     note = f"no fused operator for {dtype} on cpu"
     assert report.rows[1].note == note or fused
@@ -150,13 +119,6 @@ def test_a_neuron_is_said_to_be_fused_where_a_plan_runs_it(node, dtype, autocast
     assert "not run" not in str(report)
     one = f"{int(fused)} of 1"
     assert str(report).startswith(f"{one} neurons on the fused operator, {one} norms fused")
-
-
-def test_a_norm_that_does_not_run_is_said_not_to():
-    net = As(make_net(), torch.float32, False)
-    net.unused = layer.BatchNorm2d(4)
-    report = accelerate(net, images())
-    assert {row.layer: row.note for row in report.rows}["unused"] == "not run"
 
 
 class Count(nn.Module):
@@ -202,37 +164,24 @@ def test_the_report_ends_with_what_gives_counts_and_is_no_neuron():
         accelerate(net[:-1], x)
 
 
-class Step(surrogate.SurrogateFunctionBase):
-    """A surrogate of a net's own, derived from SpikingJelly's or not."""
-
-    def __init__(self):
-        super().__init__(alpha=1.0)
-
-    def forward(self, x):
-        return surrogate.heaviside(x) + (x - x.detach())
-
-
 class PlainStep(nn.Module):
     def forward(self, x):
         return surrogate.heaviside(x) + (x - x.detach())
 
 
-class OwnLIF(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.step = Step()
+class Step(PlainStep, surrogate.SurrogateFunctionBase):
+    """A surrogate of a net's own, derived from SpikingJelly's."""
 
-    def forward(self, x):
-        return self.step(x)
+    def __init__(self):
+        super().__init__(alpha=1.0)
 
 
 @pytest.mark.parametrize("step", [Step, PlainStep])
 def test_a_surrogate_of_ones_own_is_a_part_of_its_neuron(step):
     net = nn.Sequential(nn.Linear(6, 6), neuron.LIFNode(surrogate_function=step(), step_mode="m"))
-    report = accelerate(net, torch.randn(4, 5, 6) * 9)
-    assert not report.counting and "counts come" not in str(report)
-    net.append(nn.Sequential(nn.Linear(6, 6), OwnLIF()))
-    assert accelerate(net, torch.randn(4, 5, 6) * 9).counting == {"2.1": "OwnLIF"}
+    assert not accelerate(net, torch.randn(4, 5, 6) * 9).counting
+    net.append(nn.Sequential(nn.Linear(6, 6), Block(Step())))  # a neuron of a net's own
+    assert accelerate(net, torch.randn(4, 5, 6) * 9).counting == {"2.1": "Block"}
 
 
 def test_a_step_is_timed_by_the_processor_where_there_is_no_gpu(monkeypatch):
@@ -242,26 +191,3 @@ def test_a_step_is_timed_by_the_processor_where_there_is_no_gpu(monkeypatch):
     assert run_step(net, torch.rand(4, 5, 6))[1] == 250
     report = Acceleration((), "", (2, 1), (2.0, 1.0))
     assert "step 2 -> 1 ms of processor time" in str(report)
-    assert "step 2 -> 1 ms\n" in str(replace(report, on_gpu=True))
-
-
-class PLIFNode(neuron.BaseNode):
-    """A neuron of a net's own."""
-
-    def neuronal_charge(self, x):
-        self.v = self.v + 0.5 * x
-
-
-def test_a_neuron_of_another_class_is_named_with_the_remedy():
-    net = nn.Sequential(nn.Linear(6, 6), neuron.LIFNode(step_mode="m"), PLIFNode(step_mode="m"))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # 2.x does not call neuronal_charge
-        reports = accelerate(net), swap_neurons(net, filter=lambda *_: False)
-    heads = "it has no step", f"not a LIF, PLIF or IF of SpikingJelly's, but {__name__}.PLIFNode"
-    if not FUNCTIONAL_STATES:  # which calls neuronal_charge, so the class is read
-        assert reports[0].rows[1].note == "equal outputs"
-        return
-    for report, head in zip(reports, heads, strict=True):
-        note = report.rows[1].note
-        assert note.startswith(f"{head}")
-        assert note.endswith("swap_neurons(net, replace={PLIFNode: ...}) gives it a successor")
