@@ -3,7 +3,6 @@
 import copy
 import pickle
 from functools import partial
-from itertools import product
 
 import pytest
 import torch
@@ -28,59 +27,41 @@ from tests.nets.own_neurons import (
     ThreeStates,
 )
 
-#: what a constructor needs
-ARGUMENTS = {"SimpleLIFNode": {"tau": 3.0, "decay_input": True}}
 #: SpikingJelly's neurons whose own step is read
-READ = {
-    *("IFNode", "LIFNode", "ParametricLIFNode", "KLIFNode", "QIFNode", "EIFNode"),
-    "IzhikevichNode",
+READ = (
+    *("IFNode", "LIFNode", "ParametricLIFNode", "KLIFNode", "QIFNode", "EIFNode", "IzhikevichNode"),
     *("ILIFNode", "CUBALIFNode", "ComplementaryLIFNode", "RAFNode", "TernaryIFNode"),
-    "SimpleIFNode",
-    *("TernaryLIFNode", "HalfThresholdIFNode", "SimpleLIFNode"),
-}  # fmt: skip
-
-
-def fires(window):
-    return {"surrogate_function": MultiLevelSpikeCount(4, grad_window=window)}
+    *("SimpleIFNode", "TernaryLIFNode", "HalfThresholdIFNode", "SimpleLIFNode"),
+)
 
 
 def theirs(name, **options):
-    node = getattr(neuron, name)(**ARGUMENTS.get(name, {}) | options)
+    if name == "SimpleLIFNode":
+        options |= {"tau": 3.0, "decay_input": True}
+    node = getattr(neuron, name)(**options)
     node.step_mode = "m"
     return node
 
 
-NAMES = sorted(name for name in READ if hasattr(neuron, name))
-MAKERS = {name: partial(theirs, name) for name in NAMES} | {kind.__name__: kind for kind in OWN}
-VARIED = [
-    (name, options)
-    for name in ("IFNode", "LIFNode", "ParametricLIFNode")
-    for options in ({"v_reset": None}, {"detach_reset": True})
-]
+MAKERS = {name: partial(theirs, name) for name in READ if hasattr(neuron, name)}
+MAKERS |= {kind.__name__: kind for kind in OWN}
 if FUNCTIONAL_STATES:
-    VARIED += [
-        ("ILIFNode", {"tau": tau, "v_threshold": 0.3, "detach_reset": detach, **fires(window)})
-        for tau, detach, window in product((4 / 3, 1.7), (False, True), (None, (-0.5, 3.25)))
-    ]
-MAKERS |= {f"{name} {n}": partial(theirs, name, **o) for n, (name, o) in enumerate(VARIED)}
+    fires = MultiLevelSpikeCount(4, grad_window=(-0.5, 3.25))
+    integer = partial(theirs, "ILIFNode", v_threshold=0.3, surrogate_function=fires)
+    MAKERS["ILIFNode, window"] = integer
+    MAKERS["ILIFNode, detached"] = partial(integer, tau=1.7, detach_reset=True)
 
 
-def net_of(node, gain=1.5):
-    net = nn.Sequential(
-        *(
-            layer.Conv2d(2, 4, 3, padding=1, bias=False),
-            layer.BatchNorm2d(4),
-            node,
-            layer.Conv2d(4, 3, 3),
-        ),
-    )
+def net_of(node):
+    first, norm = layer.Conv2d(2, 4, 3, padding=1, bias=False), layer.BatchNorm2d(4)
+    nn.init.constant_(norm.weight, 1.5)
+    net = nn.Sequential(first, norm, node, layer.Conv2d(4, 3, 3))
     functional.set_step_mode(net, "m")
-    nn.init.constant_(net[1].weight, gain)
     return net
 
 
-def images(steps=4):
-    return torch.randn(steps, 2, 2, 6, 5)
+def images():
+    return torch.randn(4, 2, 2, 6, 5)
 
 
 def results(net, x, steps=1):
@@ -138,31 +119,23 @@ def test_a_neuron_equals_its_class(name):
     assert_alike(results(fast, x, 2), results(plain, x, 2), 2e-5)
 
 
-@pytest.mark.parametrize("kind", [GLIF, PerChannel, AdaptiveThreshold])
-def test_hooks_other_parameters_and_a_second_norm_are_as_in_the_plain_net(kind):
-    plain = net_of(kind())
+def test_hooks_and_other_parameters_are_as_in_the_plain_net():
+    plain = net_of(GLIF())
     fast = copy.deepcopy(plain)
     sj_taid.accelerate(fast)
-    x = images()
+    x, found = images(), []
     for net in (plain, fast):
         for parameter in net[2].parameters():
             parameter.register_hook(lambda grad: grad * 3)
         net[2].register_forward_hook(lambda module, args, y: y.register_hook(lambda g: g / 2) and y)
     assert_alike(results(fast, x, 2), results(plain, x, 2), 2e-5)
-    others = {n: p.detach() * 0.7 for n, p in plain.named_parameters()}
-    found = []
     for net in (plain, fast):
         functional.reset_net(net)
-        given = {n: p.clone().requires_grad_() for n, p in others.items()}
+        given = {n: (0.7 * p).detach().requires_grad_() for n, p in plain.named_parameters()}
         y = torch.func.functional_call(net, given, (x,))
         y.pow(2).sum().backward()
         found.append({"output": y.detach()} | {f"grad of {n}": p.grad for n, p in given.items()})
-        functional.reset_net(net)
     assert_alike(*reversed(found), 2e-5)
-    for net in (plain, fast):
-        net[1] = nn.Sequential(net[1], layer.BatchNorm2d(4, step_mode="m"))
-    sj_taid.accelerate(fast)
-    assert_alike(results(fast, x, 2), results(plain, x, 2), 2e-5)
 
 
 def test_the_report_says_for_how_many_axes_a_neuron_is_fused():
@@ -172,30 +145,9 @@ def test_the_report_says_for_how_many_axes_a_neuron_is_fused():
     assert row.note == "equal outputs"
 
 
-def test_every_other_neuron_has_a_reason():
-    kinds = [
-        k for k in vars(neuron).values() if isinstance(k, type) and issubclass(k, neuron.BaseNode)
-    ]
-    notes = {}
-    for kind in kinds:
-        if kind.__name__ not in READ:
-            try:
-                node = kind()
-            except (TypeError, ValueError):
-                continue
-            node._step_mode = "m"
-            (row,) = sj_taid.accelerate(nn.Sequential(node)).rows
-            notes[kind.__name__] = row.note
-            assert not isinstance(node, Accelerated) and row.note, kind
-    assert len(NAMES) >= (15 if FUNCTIONAL_STATES else 7)
-
-
-INTEGER = ["ILIFNode"] if FUNCTIONAL_STATES else []
-
-
-@pytest.mark.parametrize("kind", [*OWN, *INTEGER, "LIFNode", "KLIFNode"])
-def test_a_norm_and_a_neuron_keep_few_bytes(kind):
-    plain = net_of(MAKERS[kind if isinstance(kind, str) else kind.__name__]())[1:]
+@pytest.mark.parametrize("name", sorted(MAKERS.keys() & {"GLIF", "ThreeStates", "ILIFNode"}))
+def test_a_norm_and_a_neuron_keep_few_bytes(name):
+    plain = net_of(MAKERS[name]())[1:]
     fast, kept = copy.deepcopy(plain), []
     sj_taid.accelerate(fast)
     x = torch.randn(4, 4, 4, 16, 16)
@@ -206,9 +158,8 @@ def test_a_norm_and_a_neuron_keep_few_bytes(kind):
     assert kept[1] <= 0.35 * kept[0]
 
 
-@pytest.mark.parametrize("kind", [GLIF, Ternary, ThreeStates])
-def test_copies_checkpoints_and_unaccelerate_give_the_same(kind):
-    plain = net_of(kind())
+def test_copies_checkpoints_and_unaccelerate_give_the_same():
+    plain = net_of(ThreeStates())
     fast, x = copy.deepcopy(plain), images()
     sj_taid.accelerate(fast)
     want = results(fast, x)
@@ -223,7 +174,7 @@ def test_copies_checkpoints_and_unaccelerate_give_the_same(kind):
     assert torch.equal(y, want["output 0"]) and torch.equal(leaf.grad, want["grad of x 0"])
     sj_taid.unaccelerate(fast)
     functional.reset_net(fast)
-    assert type(fast[2]) is kind and vars(fast[2]).keys() == vars(plain[2]).keys()
+    assert type(fast[2]) is ThreeStates and vars(fast[2]).keys() == vars(plain[2]).keys()
     assert_alike(results(fast, x), results(plain, x), 0.0)
 
 
@@ -246,21 +197,17 @@ def test_bfloat16_computes_in_float32():
     assert y.dtype == x.grad.dtype == torch.bfloat16 and torch.equal(y.float(), want)
 
 
-@pytest.mark.parametrize("steps", [1, 9])
-@pytest.mark.parametrize("shape", [(0, 4, 2, 2), (1, 4, 1, 1), (3, 4, 1, 1), (7, 4, 3, 5)])
-def test_spikes_below_zero_come_back_from_four_bits(steps, shape):
+@pytest.mark.parametrize("shape", [(9, 0, 4, 2, 2), (1, 1, 1, 1, 1), (9, 7, 1, 3, 5)])
+def test_spikes_below_zero_come_back_from_four_bits(shape):
     """Odd numbers of neurons too, whose bytes hold the values of two steps."""
     node = Ternary()
     sj_taid.accelerate(nn.Sequential(node))
-    x = torch.randn(steps, *shape).mul(2).requires_grad_()
+    x = torch.randn(shape).mul(2).requires_grad_()
     spikes = node(x)
     weight = torch.ones((), requires_grad=True)
     _, size = graph.record_saved(lambda: spikes * weight, [x])
-    if spikes.numel():
-        assert {-1.0, 0.0, 1.0} >= {
-            *spikes.detach().unique().tolist()
-        } and size <= spikes.numel() // 2 + 8
-    (spikes * weight).pow(1).sum().backward()
+    assert size <= spikes.numel() // 2 + 8
+    (spikes * weight).sum().backward()
     assert weight.grad == spikes.sum()
 
 
