@@ -62,8 +62,7 @@ def jacobian(net, x, **options):
 
 TOOLS = {
     **{f"jacobian, {way}": partial(jacobian, vectorize=way) for way in (True, False)},
-    **{kind: count(kind) for kind in ("ACCounter", "MACCounter", "SynOpCounter", "FlopCounter")},
-    **{kind: count(kind) for kind in ("NeuronStateCounter", "MemoryAccessCounter")},
+    **{kind: count(kind) for kind in ("ACCounter", "SynOpCounter", "MemoryAccessCounter")},
     **{tool.__name__: tool for tool in (count_flops, trace, export, per_sample)},
 }
 
