@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
-from spikingjelly.activation_based.model import sew_resnet
 from torch import nn
 from torch.nn.utils.parametrize import register_parametrization
 
 import sj_taid
 from sj_taid import ALIFNode, calibrate, monitor
 from sj_taid.calibration import fixed_thresholds, set_fixed_thresholds
+from tests.zoo import build
 
 LIF, PLIF, IF = neuron.LIFNode, neuron.ParametricLIFNode, neuron.IFNode
 
@@ -28,21 +28,19 @@ class Own(getattr(neuron, "SimpleBaseNode", neuron.BaseNode)):
 
 @pytest.mark.parametrize("threshold", [0.01, 10.0])
 def test_calibrate_reaches_the_rate_in_every_layer(threshold):
-    options = {"num_classes": 4, "cnf": "ADD", "surrogate_function": surrogate.ATan()}
-    kind = partial(neuron.LIFNode, v_threshold=threshold)
-    net = sew_resnet.sew_resnet18(spiking_neuron=kind, **options)
-    functional.set_step_mode(net, "m")
-    x_seq = torch.rand(2, 3, 32, 32).expand(3, -1, -1, -1, -1)
+    net, x_seq = build("sew_resnet", LIF)
+    for path in fixed_thresholds(net):
+        net.get_submodule(path).v_threshold = threshold
     report = calibrate(net, x_seq, rate=0.15)
-    assert len(report.rows) == 20 and not report.missed, str(report)
-    with sj_taid.monitor(net) as watch, torch.no_grad():
+    assert len(report.rows) > 8 and not report.missed, str(report)
+    with monitor(net) as watch, torch.no_grad():
         net(x_seq)
     for path, state in watch.layers().items():
         assert state.firing_rate == pytest.approx(0.15, rel=0.2), path
 
 
 @pytest.mark.parametrize(
-    ("levels", "options"), [(4, {}), (15, {}), (4, {"init_tau": None, "normalize": True})]
+    ("levels", "options"), [(15, {}), (4, {"init_tau": None, "normalize": True})]
 )
 def test_calibrate_gives_a_mean_count_of_the_rate_times_what_a_step_gives(levels, options):
     make = partial(ALIFNode, levels=levels, v_reset=None, step_mode="m", **options)
@@ -56,39 +54,28 @@ def test_calibrate_gives_a_mean_count_of_the_rate_times_what_a_step_gives(levels
         assert state.firing_rate == pytest.approx(0.1 * levels, rel=0.05)
 
 
-NEW = "batch norms, such as '1', are in eval mode and have never trained"
-
-
 @pytest.mark.parametrize(
     ("trained", "frozen", "warned"),
     [(False, True, True), (False, False, False), (True, True, False)],
 )
-@pytest.mark.parametrize("fused", [False, True])
-def test_calibrate_warns_of_running_statistics_that_are_those_of_the_start(
-    trained, frozen, warned, fused
-):
+def test_calibrate_warns_of_running_statistics_that_are_those_of_the_start(trained, frozen, warned):
     net = nn.Sequential(layer.Conv2d(2, 6, 3), layer.BatchNorm2d(6), LIF())
     functional.set_step_mode(net, "m")
-    if fused:
-        sj_taid.accelerate(net)
     if trained:
-        net(torch.rand(3, 2, 2, 8, 8))
+        net(images())
         functional.reset_net(net)
     net.train(not frozen)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        calibrate(net, torch.rand(3, 2, 2, 8, 8))
-    found = [str(w.message) for w in caught if NEW in str(w.message)]
-    assert bool(found) == warned and all("call net.train()" in text for text in found)
+        calibrate(net, images())
+    found = [str(w.message) for w in caught if "have never trained" in str(w.message)]
+    assert bool(found) == warned and all("'1'" in text for text in found)
 
 
 def small_net(make, **options):
     return nn.Sequential(
-        layer.Conv2d(2, 6, 3),
-        make(v_threshold=7.0, **options),
-        layer.Flatten(),
-        layer.Linear(6 * 6 * 6, 64),
-        make(v_threshold=1e-3, **options),
+        *(layer.Conv2d(2, 6, 3), make(v_threshold=7.0, **options)),
+        *(layer.Flatten(), layer.Linear(6 * 6 * 6, 64), make(v_threshold=1e-3, **options)),
     )
 
 
@@ -100,8 +87,9 @@ def thresholds(net):
     return [torch.as_tensor(m.v_threshold).clone() for m in net if hasattr(m, "v_threshold")]
 
 
-@pytest.mark.parametrize("v_reset", [0.0, -0.25, -65.0, None])
-@pytest.mark.parametrize("kind", [LIF, IF, ALIFNode, Own])
+@pytest.mark.parametrize(
+    ("kind", "v_reset"), [(LIF, 0.0), (IF, -0.25), (ALIFNode, -65.0), (Own, None)]
+)
 def test_calibrate_stays_above_the_reset(kind, v_reset):
     net = small_net(kind, v_reset=v_reset)
     functional.set_step_mode(net, "m")
@@ -123,14 +111,10 @@ def test_calibrate_sets_each_channel():
 
 
 def make_fused_net():
+    options = {"v_threshold": 5.0, "store_v_seq": True}
     net = nn.Sequential(
-        layer.Conv2d(2, 3, 3),
-        layer.BatchNorm2d(3),
-        ALIFNode(v_threshold=5.0, store_v_seq=True),
-        layer.Dropout(0.5),
-        layer.Conv2d(3, 3, 3),
-        layer.BatchNorm2d(3, momentum=None),
-        neuron.LIFNode(v_threshold=5.0, store_v_seq=True),
+        *(layer.Conv2d(2, 3, 3), layer.BatchNorm2d(3), ALIFNode(**options), layer.Dropout(0.5)),
+        *(layer.Conv2d(3, 3, 3), layer.BatchNorm2d(3, momentum=None), LIF(**options)),
     )
     functional.set_step_mode(net, "m")
     sj_taid.accelerate(net)
@@ -144,13 +128,9 @@ def test_calibrate_changes_only_thresholds(training):
     net.train(training)
     state = {name: value.clone() for name, value in net.state_dict().items()}
     gradients = [parameter.grad.clone() for parameter in net.parameters()]
-    torch.manual_seed(3)
-    expected = torch.rand(2)
-    torch.manual_seed(3)
-
+    before = torch.get_rng_state()
     report = calibrate(net, images(), rate=0.1)
-
-    assert torch.equal(torch.rand(2), expected)
+    assert torch.equal(torch.get_rng_state(), before)
     assert not report.missed and report.rows[0].before.firing_rate < 0.01, str(report)
     assert net[2].v == net[6].v == 0.0
     for name, value in net.state_dict().items():
@@ -183,11 +163,11 @@ class Hostile(nn.Module):
             ALIFNode(step_mode="m", v_threshold=0.3) for _ in range(4)
         )
         self.other.v_threshold = self.one.v_threshold
-        self.stepped = layer.MultiStepContainer(neuron.LIFNode())
+        self.stepped = layer.MultiStepContainer(LIF())
         self.positive = ALIFNode(step_mode="m")
         register_parametrization(self.positive, "v_threshold", nn.Softplus())
-        self.readout = neuron.LIFNode(step_mode="m", v_threshold=math.inf)
-        self.fine = neuron.LIFNode(step_mode="m", v_threshold=7.0)
+        self.readout = LIF(step_mode="m", v_threshold=math.inf)
+        self.fine = LIF(step_mode="m", v_threshold=7.0)
 
     def forward(self, x_seq):
         x_seq = self.twice(self.second(self.twice(self.first(x_seq))))
@@ -213,10 +193,10 @@ def test_calibrate_reports_neurons_without_a_threshold_of_their_own():
     assert "1 layers calibrated, 7 missed" in str(report)
 
 
-NONE = "no threshold gives the rate: the nearest is"
-RAMP = surrogate.ATan(spiking=False)
-NO_SPIKES = "it gives no spikes: its surrogate has spiking=False"
+NONE = "no threshold gives the rate: the nearest is 0"
 BOUNDED = "no threshold from min_v_threshold=0.9 up gives the rate: the nearest is 0"
+RAMP = partial(LIF, surrogate_function=surrogate.ATan(spiking=False))
+NO_SPIKES = "it gives no spikes: its surrogate has spiking=False"
 
 
 class FiresAtItsOwn(Own):
@@ -227,26 +207,21 @@ class FiresAtItsOwn(Own):
 
 
 @pytest.mark.parametrize(
-    ("make", "x_seq", "note", "threshold"),
+    ("make", "x_seq", "note"),
     [
-        (ALIFNode, torch.zeros(3, 5, 4), f"{NONE} 0", 1.0),
-        (partial(IF, 6.0, 5.0), -torch.rand(3, 5, 4), f"{NONE} 0", 6.0),
-        (partial(ALIFNode, min_v_threshold=0.9), torch.rand(3, 5, 4), BOUNDED, 1.0),
-        (LIF, torch.ones(3, 5, 4), f"{NONE} 0.333", None),
-        (partial(LIF, surrogate_function=RAMP), torch.rand(3, 5, 4), NO_SPIKES, 1.0),
-        (FiresAtItsOwn, torch.rand(3, 5, 4), "it fires at any threshold", 1.0),
+        (partial(IF, 6.0, 5.0), -torch.rand(3, 5, 4), NONE),
+        (partial(ALIFNode, min_v_threshold=0.9), torch.rand(3, 5, 4), BOUNDED),
+        (RAMP, torch.rand(3, 5, 4), NO_SPIKES),
+        (FiresAtItsOwn, torch.rand(3, 5, 4), "it fires at any threshold"),
     ],
 )
-def test_calibrate_says_why_a_rate_is_missed(make, x_seq, note, threshold):
-    report = calibrate(nn.Sequential(make(step_mode="m")), x_seq, rate=0.1)
-    (row,) = report.missed
-    assert row.note == note
-    if threshold is not None:
-        assert row.after.v_threshold == row.before.v_threshold == threshold
+def test_calibrate_says_why_a_rate_is_missed_and_keeps_the_threshold(make, x_seq, note):
+    (row,) = calibrate(nn.Sequential(make(step_mode="m")), x_seq, rate=0.1).missed
+    assert row.note == note and row.after.v_threshold == row.before.v_threshold
 
 
 def test_calibrate_takes_the_nearest_rate_above_0_and_counts_channels_that_miss():
-    net = nn.Sequential(neuron.IFNode(v_threshold=100.0, step_mode="m"))
+    net = nn.Sequential(IF(v_threshold=100.0, step_mode="m"))
     for rate, nearest in ((0.05, 0.25), (0.3, 0.25), (0.45, 0.5), (0.9, 1.0)):
         (row,) = calibrate(net, torch.ones(4, 3, 2), rate=rate).rows
         assert row.after.firing_rate == nearest
@@ -261,14 +236,13 @@ def test_calibrate_takes_the_nearest_rate_above_0_and_counts_channels_that_miss(
 def test_calibrate_takes_a_huge_input_as_one_spike():
     x_seq = torch.rand(4, 32, 8)
     x_seq[0, 0, 0] = 1e30  # it fires at any threshold
-    (row,) = calibrate(nn.Sequential(neuron.IFNode(step_mode="m")), x_seq).rows
+    (row,) = calibrate(nn.Sequential(IF(step_mode="m")), x_seq).rows
     assert not row.note and row.after.firing_rate == pytest.approx(0.2, rel=0.2)
 
 
-@pytest.mark.parametrize("where", ["input", "weight"])
-def test_calibrate_names_a_layer_whose_voltage_is_not_finite(where):
+def test_calibrate_names_a_layer_whose_voltage_is_not_finite():
     net, x_seq = nn.Sequential(nn.Linear(8, 64), LIF(step_mode="m")), torch.rand(4, 32, 8)
-    (x_seq if where == "input" else net[0].weight.data).view(-1)[0] = math.inf
+    net[0].weight.data[0, 0] = math.inf
     (row,) = calibrate(net, x_seq).missed
     assert row.note == "its voltage is not finite"
 
@@ -284,18 +258,12 @@ def tree(kinds):
 
 
 @pytest.mark.parametrize(
-    ("kinds", "fixed"),
-    [
-        ((IF, ALIFNode, LIF, PLIF), (0, 2, 3)),
-        ((ALIFNode, ALIFNode), ()),
-    ],
+    ("kinds", "fixed"), [((IF, ALIFNode, LIF, PLIF), (0, 2, 3)), ((ALIFNode, ALIFNode), ())]
 )
-@pytest.mark.parametrize("accelerated", [False, True])
-def test_calibrated_thresholds_are_saved_and_put_back(kinds, fixed, accelerated):
+def test_calibrated_thresholds_are_saved_and_put_back(kinds, fixed):
     torch.manual_seed(1)
     net, fresh, x_seq = tree(kinds), tree(kinds), 4 * torch.rand(4, 32, 8)
-    if accelerated:
-        sj_taid.accelerate(net)
+    sj_taid.accelerate(net)
     report = calibrate(net, x_seq)
     paths = [f"1.{n}.1" for n in fixed]
     assert [*report.fixed_thresholds] == paths
@@ -320,17 +288,13 @@ def test_calibration_that_changed_nothing_asks_to_save_nothing():
     assert "set_fixed_thresholds" not in str(report)
 
 
-@pytest.mark.parametrize("wrong", ["1.1.1", "1.0", "1.7.1", "stem", ""])
-def test_set_fixed_thresholds_refuses_other_names(wrong):
-    """Those of an ALIF, of a module without a threshold, and of none."""
+def test_set_fixed_thresholds_sets_all_or_none():
     net = tree((IF, ALIFNode, LIF))
-    there = ["1.0.1", "1.2.1"]
-    with pytest.raises(ValueError, match=f"at {wrong!r}; there are") as info:
-        set_fixed_thresholds(net, {"1.0.1": 0.5, wrong: 0.5})
-    assert str(there) in str(info.value)
+    with pytest.raises(ValueError, match=r"at '1.1.1'; there are \['1.0.1', '1.2.1'\]"):
+        set_fixed_thresholds(net, {"1.0.1": 0.5, "1.1.1": 0.5})
     with pytest.raises(ValueError, match=r"threshold of '1.2.1' must be a number"):
         set_fixed_thresholds(net, {"1.0.1": 0.5, "1.2.1": "0.5"})
-    assert fixed_thresholds(net) == dict.fromkeys(there, 9.0)
+    assert fixed_thresholds(net) == {"1.0.1": 9.0, "1.2.1": 9.0}
 
 
 @pytest.mark.parametrize("threshold", [9, np.float32(9.0)])
@@ -354,21 +318,16 @@ def test_calibrate_takes_a_compiled_net():
 
 
 def test_calibrate_changes_nothing_after_an_error():
-    net = small_net(neuron.LIFNode)
+    net = small_net(LIF)
     with pytest.raises(ValueError, match=r"in step mode 's'.*set_step_mode\(net, 'm'\)"):
         calibrate(net, images())
     functional.set_step_mode(net, "m")
-    for wrong, message in (
-        (images()[:, :0], r"x_seq has no values: its shape is \[\d+, 0, "),
-        (images().index_fill(0, torch.tensor(1), torch.nan), r"\d+ of \d+ values in x_seq are NaN"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            calibrate(net, wrong)
+    with pytest.raises(ValueError, match="x_seq has no values"):
+        calibrate(net, images()[:, :0])
+    with pytest.raises(ValueError, match="values in x_seq are NaN"):
+        calibrate(net, images().index_fill(0, torch.tensor(1), torch.nan))
     with pytest.raises(ValueError, match="rate must be more than 0 and less than 1"):
         calibrate(net, images(), rate=1.0)
-    with pytest.raises(ValueError, match=r"no neuron of .*SimpleBaseNode to calibrate"):
-        calibrate(nn.Linear(2, 2), images())
-
     net.append(layer.Linear(63, 1, step_mode="m"))  # after both neurons
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         calibrate(net, images())
