@@ -57,13 +57,10 @@ def counts(*shape, most=4):
 
 
 OPERATIONS = {
-    "conv1d": (nn.Conv1d(4, 6, 3, stride=2, padding=1), (2, 4, 5)),
     "conv2d": (nn.Conv2d(4, 3, 3, padding=1), (2, 4, 3, 4)),
     "conv2d, groups": (nn.Conv2d(4, 6, 2, groups=2, dilation=2), (2, 4, 3, 4)),
-    "conv3d": (nn.Conv3d(4, 2, 2, padding=1), (1, 4, 2, 3, 2)),
     "transposed": (nn.ConvTranspose2d(4, 2, 3, 2, 1, output_padding=1, groups=2), (1, 4, 2, 3)),
     "linear": (nn.Linear(6, 5), (2, 3, 6)),
-    "linear, a view": (Call(lambda x, w: F.linear(x.transpose(1, 2), w), 5, 6), (2, 6, 3)),
     "matmul, weight first": (Call(lambda x, w: w @ x, 5, 6), (2, 6, 3)),
     "einsum": (Call(lambda x, w: torch.einsum("tnc,dc->tnd", x, w), 5, 6), (2, 3, 6)),
     "addmm": (Call(lambda x, w: torch.addmm(w[:3], x, w, beta=2, alpha=3), 5, 5), (3, 5)),
@@ -72,7 +69,7 @@ OPERATIONS = {
 }
 
 
-@pytest.mark.parametrize("factor", [1, 1 / 4, 0.3])
+@pytest.mark.parametrize("factor", [1, 0.3])
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_operation(name, factor):
     net, shape = OPERATIONS[name]
@@ -114,19 +111,13 @@ READS = {
     "the most": (UP_TO_15, 15),
     "more": (UP_TO_15 + 1, INF),
     "fifteenths": (UP_TO_15 / 15, 15),
-    "sixteenths": ((UP_TO_15 + 1) / 16, INF),
     "two and three halves": (torch.tensor([[1.0, 1.5, 0.0, 0.0]]), 3),
-    "times a third": (UP_TO_15 * (1 / 3), 15),
     "bfloat16": (UP_TO_15.bfloat16() * 0.3, 15),
-    "bfloat16, some": (torch.tensor([[0.0, 1.25, 0.5, 0.25]]).bfloat16(), 5),
     "bfloat16, sevenths": ((torch.tensor([[0.0, 5.0, 3.0, 2.0]]) / 7).bfloat16(), 5),
     "bfloat16, near": (torch.tensor([[0.3, 0.6, 0.91, 1.2]]).bfloat16(), INF),
     "bfloat16, near whole": (torch.tensor([[1.0, 2.0, 3.02, 4.0]]).bfloat16(), INF),
-    "half, near": (torch.tensor([[0.3, 0.6004, 1.5003, 1.2]]).half(), INF),
     "one number": (torch.tensor([[0.37]]), INF),
     "one count": (torch.tensor([[3.0]]), 3),
-    "dropped out": (F.dropout(torch.ones(8, 4), 0.3), 1),
-    "averages": (F.avg_pool1d(torch.ones(4, 16).tril(), 4), 4),
     "negative": (-torch.eye(4), INF),
     "nan": (torch.eye(4) * NAN, INF),
     "nothing": (torch.zeros(0, 4), INF),
@@ -179,9 +170,6 @@ def write(x, net, how):
 WRITTEN = {
     "copied": lambda k, x: k.copy_(x),
     "by rows": lambda k, x: [k[i].copy_(row) for i, row in enumerate(x)],
-    "indexed": lambda k, x: k.__setitem__(slice(0, 6), x),
-    "put": lambda k, x: k.index_copy_(0, torch.arange(6), x),
-    "added": lambda k, x: k.zero_().add_(x),
     "out": lambda k, x: torch.mul(x, 1.0, out=k),
     "foreach": lambda k, x: torch._foreach_copy_([k], [x]),
     "data": lambda k, x: k.data.copy_(x),
@@ -206,13 +194,10 @@ def lora(x, net):
 
 FIXED = {
     "weight": lambda x, net: x @ net.weight,
-    "made mask": lambda x, net: x @ net.weight.masked_fill(torch.ones(6, 6).tril() == 0, 0),
     "mask by hand": lambda x, net: x @ (net.weight * torch.tensor([1.0, 0, 1, 1, 0, 0])),
-    "buffer": lambda x, net: x @ torch.where(net.mask > 0, net.weight, 0.0),
     "drawn into zeros": lambda x, net: x @ torch.zeros(6, 6).to(x).copy_(net.weight),
     "weights of weights": lora,
     "spectral norm": lambda x, net: F.linear(x, net.norm.weight),
-    "spectral norm of old": lambda x, net: net.old(x),
     "a view of a cache that weights were written into": lambda x, net: (
         x @ net.cache.copy_(net.weight).t()
     ),
@@ -224,7 +209,6 @@ FIXED = {
 def test_what_is_made_of_weights_is_weights(name):
     net, x = Own(FIXED[name]).eval(), counts(4, 6)
     net.norm = nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6, bias=False))
-    net.old = nn.utils.spectral_norm(nn.Linear(6, 6, bias=False))
     net = nn.Sequential(net.double().eval())
     want = net(x)
     with binary(net) as report:
@@ -234,10 +218,9 @@ def test_what_is_made_of_weights_is_weights(name):
     assert (row.levels, row.additions, row.macs) == ([4], 6 * x.sum(), 0)
 
 
-@pytest.mark.parametrize("how", ["random", "constant"])
-def test_input_that_the_net_makes_is_read(how):
-    made = {"random": lambda: torch.rand(3, 6).round(), "constant": lambda: torch.ones(3, 6)}[how]
-    with binary(net := Own(lambda x, net: made() @ net.weight)) as report:
+@pytest.mark.parametrize("make", [lambda: torch.rand(3, 6).round(), lambda: torch.ones(3, 6)])
+def test_input_that_the_net_makes_is_read(make):
+    with binary(net := Own(lambda x, net: make() @ net.weight)) as report:
         net(None)
     assert [row.levels for row in report.rows] == [[1]]
 
@@ -253,18 +236,13 @@ NAMED = {
     "in place": (lambda x, s, net: x.clone().mul_(x), "mul_"),
     "divided": (lambda x, s, net: x / (1 + x.abs()), "div"),
     "fused": (lambda x, s, net: torch.addcmul(s, x, x), "addcmul"),
-    "squared": (lambda x, s, net: x**2, "pow"),
     "glu": (lambda x, s, net: F.glu(x), "glu"),
-    "by their mean": (lambda x, s, net: x * x.abs().mean(), "mul"),
-    "outer": (lambda x, s, net: x[..., None] * net.weight, "mul"),
     "outer, of spikes": (lambda x, s, net: s[..., None] * net.weight, "mul"),
     "by columns": (lambda x, s, net: s[:, :1] * net.weight[0], "mul"),
     "summed": (lambda x, s, net: (s * net.weight[0]).sum(-1), "sum"),
     "averaged": (lambda x, s, net: (x * net.weight[0]).view(-1, 3).mean(1), "mean"),
     "sparse": (lambda x, s, net: s.to_sparse_csr() @ net.weight, "mm of torch.sparse_csr"),
-    "sparse coo": (lambda x, s, net: s.to_sparse() @ net.weight, "mm of torch.sparse_coo"),
     "bilinear": (lambda x, s, net: F.bilinear(s, s, net.weight[None]), "_trilinear"),
-    "fourier": (lambda x, s, net: torch.fft.rfft(s).real, "_fft_r2c"),
     "by weights": (lambda x, s, net: (x * net.weight[0] + net.weight[1]).sum(-1), None),
     "by one": (lambda x, s, net: (x * net.weight[0, 0]).sum(-1), None),
     "by a mask": (lambda x, s, net: (x * net.mask[0]).sum(-1), None),
@@ -327,10 +305,9 @@ def test_net_of_counts(training):
     assert "not spike-driven: 3 (max_pool2d_with_indices)" in str(report)
 
 
-@pytest.mark.parametrize("samples", [1, 2])
-def test_net_of_spikes(tmp_path, samples):
+def test_net_of_spikes(tmp_path):
     """Their largest is a spike."""
-    with binary(net := conv_net(), samples=samples) as report:
+    with binary(net := conv_net(), samples=2) as report:
         run(net, IMAGES)
     assert [row.layer for row in report.rows] == ["0", "4", "8"]
     assert not report.not_spiking and "spike-driven but for the first input" in str(report)
@@ -341,14 +318,13 @@ def test_net_of_spikes(tmp_path, samples):
     *parts, total = rows
     for name in ("additions", "macs", "energy_nj"):
         values = [float(row[name]) for row in parts]
-        assert values == [pytest.approx(getattr(row, name) / samples) for row in report.rows]
+        assert values == [pytest.approx(getattr(row, name) / 2) for row in report.rows]
         assert float(total[name]) == pytest.approx(sum(values)), name
     assert float(total["energy_nj"]) == pytest.approx(report.energy_nj)
-    assert f"costs of {'one sample of 2' if samples == 2 else 'all that ran'}; " in str(report)
+    assert "costs of one sample of 2; " in str(report)
     head, _, *lines = report.to_markdown().splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in (head, *lines)]
     assert [dict(zip(cells[0], line, strict=True)) for line in cells[1:]] == rows
-    assert [path.name for path in tmp_path.iterdir()] == ["energy.csv"]
 
 
 def test_steps_one_by_one_are_summed_in_the_same_rows():
@@ -446,38 +422,31 @@ class Attention(nn.Module):
         return self.node(x) @ (q @ x.gt(0.5).to(x.dtype))
 
 
-@pytest.mark.parametrize("net", [Attention, lambda: nn.Sequential(Attention())])
-def test_products_are_told_apart_in_their_layer_and_name_what_neurons_may_give(net):
+def test_products_are_told_apart_in_their_layer_and_name_what_neurons_may_give():
     x = counts(2, 3, 4, 4, most=2)
-    with binary(net := net(), samples=6) as report:
+    with binary(net := Attention(), samples=6) as report:
         net(x), net(x)
-    layer = "0" if isinstance(net, nn.Sequential) else "net"
     first, second, _ = report._cells()
-    assert first[:3] == (layer, "bmm 1", "counts up to 2 of 4 and spikes")
-    assert second[:2] == (layer, "bmm 2") and second[2].startswith("counts up to 2 of 4 and ")
+    assert first[:3] == ("net", "bmm 1", "counts up to 2 of 4 and spikes")
+    assert second[:2] == ("net", "bmm 2") and second[2].startswith("counts up to 2 of 4 and ")
     assert len({row.additions for row in report.rows}) == 2  # of both calls together
 
 
-@pytest.mark.parametrize("change", ["pooled", "copied", "in place", "made again"])
-def test_what_a_neuron_may_give_goes_with_its_values_alone(change):
-    net = nn.Sequential(ALIFNode(init_tau=None, levels=4, step_mode="m"), nn.Identity())
-    net.append(nn.Linear(4, 3).double())
-    functions = {
-        "pooled": lambda s: nn.functional.max_pool1d(s, 1),
-        "copied": lambda s: torch.cat([s.clone(), s]).unflatten(0, (2, -1))[0],
-        "in place": lambda s: s.add_(s.gt(1)),
-        "made again": lambda s: s + s,
-    }
-    net[1].forward = functions[change]
+@pytest.mark.parametrize(
+    ("change", "most"),
+    [
+        (lambda s: torch.cat([s.clone(), s]).unflatten(0, (2, -1))[0], 4),
+        (lambda s: nn.functional.max_pool1d(s, 1), 4),
+        (lambda s: s.add_(s.gt(1)), None),
+        (lambda s: s + s, None),
+    ],
+)
+def test_what_a_neuron_may_give_goes_with_its_values_alone(change, most):
+    node = ALIFNode(init_tau=None, levels=4, step_mode="m")
+    net = nn.Sequential(node, Call(change), nn.Linear(4, 3).double())
     with binary(net) as report:
         net(counts(2, 3, 4, most=2))
-    assert report.rows[-1].most == [4 if change in ("pooled", "copied") else None]
-
-
-@pytest.mark.parametrize("samples", [0, 1.5, True])
-def test_binary_refuses_samples_that_are_no_number_of_them(samples):
-    with pytest.raises(ValueError, match="samples"), binary(nn.Linear(2, 2), samples=samples):
-        pass
+    assert report.rows[-1].most == [most]
 
 
 def test_nothing_stays_after_an_error():
