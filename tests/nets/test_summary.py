@@ -54,6 +54,10 @@ def test_an_error_of_a_net_in_single_steps_names_the_step_mode():
         accelerate(net, torch.rand(4, 2, 1, 8, 8))
     assert "functional.set_step_mode(net, 'm')" in caught.value.__notes__[0]
     assert accelerate(net, torch.rand(2, 1, 8, 8)).saved_bytes  # steps, as in a loop over time
+    functional.set_step_mode(net, "m")
+    with pytest.raises(RuntimeError, match="channels") as caught:
+        accelerate(net, torch.rand(4, 2, 3, 8, 8))
+    assert not hasattr(caught.value, "__notes__")
 
 
 def test_a_norm_of_inputs_without_gradient_or_that_does_not_run_is_said_to_be_left():
@@ -96,7 +100,7 @@ def test_a_neuron_may_be_called_by_keyword():
 
 
 @pytest.mark.filterwarnings("ignore:backend 'numba' cannot take this call")
-@pytest.mark.parametrize("node", [ALIFNode, neuron.LIFNode])
+@pytest.mark.parametrize("node", [ALIFNode, neuron.ParametricLIFNode])
 @pytest.mark.parametrize(
     ("dtype", "autocast"),
     [
