@@ -14,6 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.testing import assert_close
 
 from sj_taid import ALIFNode, swap_neurons
+from sj_taid._internal import compat
 from tests.helpers import default_dtype
 from tests.nets.alike import results
 
@@ -92,8 +93,9 @@ MADE = {
     MemUpdate: integer_lif,
     MultiSpike: lambda old: ALIFNode(None, levels=8, normalize=True, **FROZEN),
     Kept: lambda old: ALIFNode(2.0, False, surrogate_function=TRIANGLE, **FROZEN),
-    neuron.LIFNode: lambda old: ALIFNode(old.tau, **FROZEN),
 }
+if compat.FUNCTIONAL_STATES:  # 0.0.0.0.14's gives no gradient in evaluation
+    MADE[neuron.LIFNode] = lambda old: ALIFNode(old.tau, **FROZEN)
 
 
 def make(kind):
