@@ -1,57 +1,32 @@
-"""Small nets of SpikingJelly's zoo: each architecture that takes any of its neurons."""
+"""Small nets of SpikingJelly's zoo: one of each architecture that takes any of its neurons."""
 
 from importlib import import_module
 from importlib.util import find_spec
 
 import torch
 from spikingjelly.activation_based import functional, surrogate
-from spikingjelly.activation_based.model import sew_resnet, spiking_resnet
+from spikingjelly.activation_based.model import sew_resnet
 
 _MODELS = "spikingjelly.activation_based.model."
-_BLOCKS = {"layers": [1, 1, 1, 1], "num_classes": 10}
-_STAGES = {"base_channels": 8, "layers": (1, 1, 1, 1)}
-_DEPTHS = {"embed_dims": 32, "depths": (1, 1, 1)}
 _FORMER = {"embed_dims": 32, "num_heads": 2, "depths": 1}
 _SIZES = {"img_size_h": 16, "img_size_w": 16, "patch_size": 4}
+_BLOCKS = {"block": sew_resnet.BasicBlock, "layers": [1, 1, 1, 1], "num_classes": 10}
 
 #: name -> the class, and what it takes besides neurons
 _NETS = {
-    "spiking_resnet": (
-        "spiking_resnet.SpikingResNet",
-        _BLOCKS | {"block": spiking_resnet.BasicBlock},
-    ),
-    "spiking_bottleneck": (
-        "spiking_resnet.SpikingResNet",
-        _BLOCKS | {"block": spiking_resnet.Bottleneck},
-    ),
-    "sew_resnet": (
-        "sew_resnet.SEWResNet",
-        _BLOCKS | {"block": sew_resnet.BasicBlock, "cnf": "ADD"},
-    ),
-    "sew_bottleneck": (
-        "sew_resnet.SEWResNet",
-        _BLOCKS | {"block": sew_resnet.Bottleneck, "cnf": "IAND"},
-    ),
+    "sew_resnet": ("sew_resnet.SEWResNet", _BLOCKS | {"cnf": "ADD"}),
     "mnist_net": ("parametric_lif_net.MNISTNet", {"channels": 8}),
-    "cifar10_net": ("parametric_lif_net.CIFAR10Net", {"channels": 4}),
     "spikformer": ("spikformer.Spikformer", _FORMER | _SIZES),
-    "maxformer": ("maxformer.MaxFormer", _DEPTHS),
-    "maxformer_cifar": ("maxformer.MaxFormer", _DEPTHS | {"cifar": True}),
-    "qkformer": ("qkformer.QKFormer", _DEPTHS | {"num_heads": (1, 2, 2)}),
+    "qkformer": ("qkformer.QKFormer", _FORMER | {"num_heads": (1, 2, 2), "depths": (1, 1, 1)}),
     "spike_driven": ("spike_driven_transformer.SpikeDrivenTransformer", _FORMER),
-    "ms_resnet": ("ms_resnet.MSResNet", _STAGES),
-    "max_resnet": ("ms_resnet.MaxResNet", _STAGES | {"layers": (1, 1, 1)}),
+    "max_resnet": ("ms_resnet.MaxResNet", {"base_channels": 8, "layers": (1, 1, 1)}),
     "masnn": (
         "masnn.MASNN",
         {"T": 5, "in_channels": 3, "input_size": (16, 16), "channels": (8, 8, 8)},
     ),
-    "att_ms_resnet": ("masnn.AttMSResNet", _STAGES),
 }
 _SHAPES = {
-    "spiking_bottleneck": (2, 2, 3, 8, 8),
-    "sew_bottleneck": (2, 2, 3, 8, 8),
     "mnist_net": (2, 2, 1, 28, 28),
-    "cifar10_net": (2, 1, 3, 32, 32),
     "masnn": (5, 2, 3, 16, 16),
 }
 

@@ -31,20 +31,15 @@ LAYOUTS = {
     "batch innermost": lambda x: transposed(x, 0, 3),
     "repeated, channels last": lambda x: x[:1].contiguous(**LAST).expand(x.shape),
     "some channels last": lambda x: torch.cat([x, x], 1).contiguous(**LAST)[:, :6],
-    "pixels": lambda x: x[..., :1, :1].contiguous(**LAST),
-    "videos, channels last": lambda x: (
-        x.unsqueeze(2).repeat(1, 1, 3, 1, 1).contiguous(memory_format=torch.channels_last_3d)
-    ),
 }
-SETTINGS = [*itertools.product((True, False), repeat=3)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_norm_is_torchs_bit_for_bit(layout, dtype):
-    for training, affine, tracked in SETTINGS:
+    for training, affine, tracked in itertools.product((True, False), repeat=3):
         x = LAYOUTS[layout](torch.randn(8, 6, 5, 7).mul(3).add(1).to(dtype))
-        kind = {4: nn.BatchNorm2d, 5: nn.BatchNorm3d}.get(x.dim(), nn.BatchNorm1d)
+        kind = nn.BatchNorm2d if x.dim() == 4 else nn.BatchNorm1d
         norm = kind(6, affine=affine, track_running_stats=tracked).train(training)
         for tensor in (*norm.parameters(), norm.running_mean, norm.running_var):
             if tensor is not None:
@@ -90,13 +85,10 @@ def train(net, x, between=lambda y: y):
     ]
 
 
-def behind_a_view(change):
-    def changed(y):
-        view = y.view(4, 2, *y.shape[1:])
-        change(view)
-        return view
-
-    return changed
+def changed_in_place(y):
+    view = y.view(4, 2, *y.shape[1:])
+    view.unsqueeze_(2)
+    return view
 
 
 def seen_by_others(y):
@@ -105,26 +97,15 @@ def seen_by_others(y):
     return y + before.view(y.shape)
 
 
-def resized(y):
-    return y.view_as(torch.empty(4, 2, *y.shape[1:]))
-
-
 #: what may lie between a norm of [8, 4, 3, 4] and a neuron
 BETWEEN = {
-    "unsqueeze_": lambda y: y.unsqueeze_(1),
     "transpose_ time": lambda y: y.transpose_(0, 1),
-    "t_": lambda y: y.flatten(1).t_(),
-    "of a view": behind_a_view(lambda y: y.unsqueeze_(2)),
-    "of a detached one": lambda y: (y.detach().unsqueeze_(0), y)[1],
+    "of a view": changed_in_place,
     "then a view": lambda y: y.unsqueeze_(0).flatten(0, 1),
     "in place, then a copy": lambda y: y.mul_(2).clone(),
     "a view in place, then copies": lambda y: (y.view(-1).mul_(0.7), y.mT.contiguous())[1],
     "views before": seen_by_others,
     "permute": lambda y: y.view(4, 2, 4, 3, 4).permute(dims=[0, 1, 2, 4, 3]),
-    "view": lambda y: y.view(size=[4, 2, 4, 3, 4]),
-    "reshape": lambda y: torch.reshape(y, shape=[4, 2, 4, 3, 4]),
-    "movedim": lambda y: torch.movedim(y.view(4, 2, 4, 3, 4), source=[3], destination=[4]),
-    "view_as": resized,
 }
 
 
@@ -149,7 +130,6 @@ def test_what_lies_between_a_norm_and_a_neuron(between):
 PARTS_OF_CHANNELS = {
     "channels for time": (1, lambda y: y.view(1, 2, 2, 3, 4).transpose(0, 1)),
     "squeezed": (1, lambda y: y.squeeze(0)),
-    "rows for time": (1, lambda y: y.permute(2, 0, 1, 3)),
     "half a batch": (3, lambda y: y.view(2, 6, 3, 4)),
     "halves of channels": (8, lambda y: y.view(16, 2, 3, 4)),
 }
@@ -165,20 +145,14 @@ def test_steps_that_have_some_channels_alone_are_computed_apart(name):
     assert not any(y._source.readers.values())
 
 
-def thrice(gradients):
-    return tuple(None if g is None else 3 * g for g in gradients)
-
-
 #: what takes or changes the gradient of a view of a norm's output
 TAKERS = {
     "hook": lambda view: view.register_hook(lambda g: 3 * g),
     "retain": lambda view: view.retain_grad(),
     "gradient": lambda view: torch.autograd.grad(view.sum(), view),
-    "node's hook": lambda view: view.grad_fn.register_hook(lambda into, out: thrice(into)),
-    "node's prehook": lambda view: view.grad_fn.register_prehook(thrice),
-    "its edge's node": lambda view: torch.autograd.graph.get_gradient_edge(
-        view
-    ).node.register_prehook(thrice),
+    "node's hook": lambda view: view.grad_fn.register_hook(
+        lambda into, out: (3 * into[0], *into[1:])
+    ),
 }
 VIEWS = {
     "itself": lambda y: y,
@@ -210,48 +184,34 @@ def test_hooks_on_a_view_are_called_or_refused(take, view):
     assert len(seen) == 1
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda norm: norm.requires_grad_(False),
-        lambda norm: norm.bias.requires_grad_(False),
-        lambda norm: norm.weight.requires_grad_(),
-    ],
-)
-def test_gradients_are_those_of_the_norms_call(change):
-    plain, x = draw()
-    plain[1].weight.requires_grad_(False)
-    assert_same(plain, lambda net: train(net, x, lambda y: (change(net[1]), y)[1]))
+def replace(tensor):
+    tensor.data = 3 * tensor.detach() + 1
 
 
-@pytest.mark.parametrize("name", ["input", "weight", "bias"])
-def test_memory_that_is_replaced_between_norm_and_neuron(name):
-    plain, x = draw()
+#: what may change of a norm and its input before the neuron runs; ``thaw`` finds a frozen weight
+CHANGES = {
+    "freeze": lambda norm, h: norm.requires_grad_(False),
+    "freeze the bias": lambda norm, h: norm.bias.requires_grad_(False),
+    "thaw": lambda norm, h: norm.weight.requires_grad_(),
+    "replace the input": lambda norm, h: replace(h),
+    "replace the weight": lambda norm, h: replace(norm.weight),
+    "replace the bias": lambda norm, h: replace(norm.bias),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_gradients_are_those_of_the_norms_call(name):
+    plain, x = draw(setup=lambda norm: norm.weight.requires_grad_(name != "thaw"))
 
     def run(net):
         conv, norm, node = net
         y = norm(h := conv(x))
-        tensor = h if name == "input" else getattr(norm, name)
-        tensor.data = 3 * tensor.detach() + 1
+        CHANGES[name](norm, h)
         spikes = node(y)
         weighed(spikes).backward()
         return [spikes.detach() + 0, *(p.grad for p in net.parameters())]
 
     assert_same(plain, run)
-
-
-@pytest.mark.parametrize("frozen", [True, False])
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("lacks", ["weight", "bias"])
-def test_norm_with_a_weight_or_a_bias_alone(lacks, training, frozen):
-    """Which torch makes by ``bias=False`` from 2.13 on."""
-
-    def setup(norm):
-        norm.register_parameter(lacks, None)
-        norm.train(training).requires_grad_(not frozen)
-
-    plain, x = draw(setup=setup)
-    assert_same(plain, lambda net: train(net, x))
 
 
 #: the orders of the axes of a norm's input [T, N, C, H, W] in memory
@@ -261,16 +221,11 @@ ORDERS = {
     "columns first": (0, 1, 2, 4, 3),
     "batch outermost": (1, 0, 2, 3, 4),
 }
-KINDS = {
-    **{kind.__name__: kind for kind in (neuron.LIFNode, neuron.ParametricLIFNode, neuron.IFNode)},
-    "ALIFNode": sj_taid.ALIFNode,
-    "ALIFNode per channel": partial(sj_taid.ALIFNode, channels=3),
-}
 
 
 @pytest.mark.parametrize("axes", ORDERS.values(), ids=ORDERS)
-@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-def test_every_neuron_fuses_in_every_memory_order(kind, axes):
+@pytest.mark.parametrize("kind", [neuron.LIFNode, partial(sj_taid.ALIFNode, channels=3)])
+def test_neurons_fuse_in_every_memory_order(kind, axes):
     def make():
         node = kind(step_mode="m", surrogate_function=surrogate.ATan())
         x = torch.randn(4, 2, 3, 5, 6).permute(axes).contiguous()
@@ -291,10 +246,10 @@ def test_every_neuron_fuses_in_every_memory_order(kind, axes):
 
 
 @pytest.mark.parametrize("order", ["contiguous", "channels last", "channels last but for ones"])
-@pytest.mark.parametrize("shape", [(1, 3, 5, 2), (6, 3, 5, 1), (1, 3, 1, 4), (1, 2, 3, 2, 1)])
+@pytest.mark.parametrize("shape", [(1, 3, 5, 2), (6, 3, 5, 1), (1, 3, 1, 4)])
 def test_gradient_in_another_memory_order(shape, order):
     """Torch's batch norm reads some wrongly where an axis of size 1 may have any stride."""
-    norm = (nn.BatchNorm2d if len(shape) == 4 else nn.BatchNorm3d)(shape[1])
+    norm = nn.BatchNorm2d(shape[1])
     fast, _ = accelerated(nn.ModuleList([copy.deepcopy(norm), neuron.LIFNode(step_mode="m")]))
     axes = range(len(shape)) if order == "contiguous" else [0, *range(2, len(shape)), 1]
     if "ones" in order:

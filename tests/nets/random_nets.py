@@ -34,9 +34,7 @@ def same(y):
 WAYS = {
     "folded": {
         "view": (lambda y: y.view(T, N, *y.shape[1:]), same),
-        "reshape contiguous": (lambda y: y.reshape(T, N, -1, H, W).contiguous(), same),
         "unflatten": (lambda y: y.unflatten(0, (T, N)), same),
-        "flat": (lambda y: y.flatten(2).view(T, N, C, L), home),
         "channels last": (lambda y: y.permute(0, 2, 3, 1).reshape(T, N, L, C), tokens_home),
         "merged": (lambda y: y.reshape(T, N * C, H, W), home),
         "scrambled": (lambda y: y.permute(0, 2, 3, 1).reshape(SHAPE), same),
@@ -65,7 +63,6 @@ WAYS = {
     },
     "sequence": {
         "as it is": (same, same),
-        "contiguous": (lambda y: y.contiguous(), same),
         "flat": (lambda y: y.flatten(3), lambda s: s.unflatten(3, (H, W))),
     },
 }
@@ -180,8 +177,6 @@ TOUCHES = {
     "twice": read_twice,
     "peek": look(lambda y: y.double().mean(0)),
     "numpy": look(lambda y: torch.from_numpy(y.detach().numpy().copy())),
-    "list": look(lambda y: torch.tensor(y.tolist())),
-    "data": look(lambda y: y.data.clone()),
     "tensor": look(lambda y: y.new_tensor(y.sum().item())),
     "stop": lambda step, y: y.detach(),
     "scale in place": change(lambda y: y.mul_(1.2)),
@@ -194,27 +189,11 @@ TOUCHES = {
     "iterate": lambda step, y: torch.stack([*y]),
     "function": lambda step, y: Scale.apply(y),
     "clone": lambda step, y: y.clone(),
-    "where": lambda step, y: torch.where(y > 0.1, y, 0.3 * y),
     "slices": lambda step, y: torch.cat([y[:1], y[1:]]),
-    "chunks": lambda step, y: torch.cat(y.chunk(2, 1), 1),
     "split": lambda step, y: torch.cat(y.split([1, y.shape[1] - 1], 1)[::-1], 1),
     "unbind": lambda step, y: torch.stack(y.unbind(1), 1),
-    "select": lambda step, y: y.index_select(0, torch.arange(len(y)).flip(0)),
     "gate": lambda step, y: y * y.sigmoid(),
     "expand": lambda step, y: y.unsqueeze(0).expand(2, *y.shape).mean(0),
-    "pad": lambda step, y: nn.functional.pad(y, [1, 1])[..., 1:-1],
-}
-
-
-#: indices that copy, in another order or not
-INDICES = {
-    "permuted by a tensor": lambda y: torch.arange(len(y)).roll(1),
-    "permuted by a list": lambda y: (slice(None), [*range(1, y.shape[1]), 0]),
-    "columns by a tensor": lambda y: (..., torch.arange(y.shape[-1]).flip(0)),
-    "rows by a tensor": lambda y: (..., torch.arange(y.shape[-2]).flip(0), slice(None)),
-    "repeats": lambda y: torch.zeros(len(y), dtype=torch.long),
-    "a mask of all": lambda y: torch.ones(len(y), dtype=torch.bool),
-    "a mask": lambda y: torch.arange(y.numel()).view(y.shape) % 3 > 0,
 }
 
 
@@ -231,8 +210,12 @@ def indexed(get):
     return touch
 
 
-TOUCHES |= {name: indexed(get) for name, get in INDICES.items()}
-TOUCHES["mixup"] = lambda step, y: 0.7 * y + 0.3 * y[torch.arange(len(y)).roll(1)]
+TOUCHES |= {
+    "permuted by a tensor": indexed(lambda y: torch.arange(len(y)).roll(1)),
+    "columns by a tensor": indexed(lambda y: (..., torch.arange(y.shape[-1]).flip(0))),
+    "a mask": indexed(lambda y: torch.arange(y.numel()).view(y.shape) % 3 > 0),
+    "mixup": lambda step, y: 0.7 * y + 0.3 * y[torch.arange(len(y)).roll(1)],
+}
 
 
 def touched(step, name, y):
@@ -274,10 +257,8 @@ JOINS = {
     "attention": attend,
     "einsum": attend_by_einsum,
     "max pool": fold_over(nn.MaxPool2d(3, 1, 1)),
-    "average pool": fold_over(nn.AvgPool2d(3, 1, 1)),
     "mean": lambda x: x - x.mean((3, 4), keepdim=True),
     "over time": lambda x: torch.cat([x[:1], 0.5 * x[1:] + 0.5 * x[:-1]]),
-    "functional": fold_over(lambda x: nn.functional.conv2d(x, torch.eye(C)[..., None, None].to(x))),
 }
 ARITY = {"attention": 3, "einsum": 3} | dict.fromkeys([*JOINS][:6], 2)
 

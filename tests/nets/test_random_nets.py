@@ -134,7 +134,10 @@ def check(seed, asks=False):
 
 # ---- every way from a norm to a neuron ----
 
+#: every way of each layout, of other norms one
 EVERY_WAY = [(form, way) for form in FORMS for way in WAYS[FORMS[form][3]]]
+LIKE_OTHERS = ("own tdbn", "bare", "tdbn", "container")
+EVERY_WAY = [e for e in EVERY_WAY if e[0] not in LIKE_OTHERS or e[1] in ("view", "as it is")]
 if not FUNCTIONAL_STATES:  # 0.0.0.0.14's tdBN raises an error
     EVERY_WAY = [(form, way) for form, way in EVERY_WAY if form != "tdbn"]
 #: what is no view of the norm's input with time outermost, so that the norm is computed apart
@@ -162,7 +165,7 @@ def test_way_is_fused(form, way):
     assert f"{int(fused)} of 1 norms fused" in str(report)
 
 
-@pytest.mark.parametrize(("form", "way"), EVERY_WAY)
+@pytest.mark.parametrize(("form", "way"), dict(EVERY_WAY).items())
 def test_way_under_autocast(form, way):
     """In half precision nets part, but the accelerated one is as near to the exact one."""
     step, g = draw_way(form, way), torch.Generator().manual_seed(1)
@@ -195,7 +198,7 @@ def test_accelerated_nets_in_threads():
             functional.reset_net(step)
 
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(run, [0, 1, 14, 20, 25, 30] * 2))
+        list(pool.map(run, [0, 1, 9, 15, 22, 28] * 2))
 
 
 def ddp_input(rank):
@@ -220,21 +223,16 @@ def ddp_worker(rank, folder, net):
 
 @pytest.mark.slow
 def test_accelerated_nets_in_two_processes(tmp_path):
-    nets = (nn.Sequential(draw_way(*EVERY_WAY[i]), draw_way(*EVERY_WAY[i + 11])) for i in range(20))
+    nets = (nn.Sequential(draw_way(*EVERY_WAY[i]), draw_way(*EVERY_WAY[i + 11])) for i in range(18))
     net = next(n for n in nets if not any(is_fragile(n, ddp_input(rank)) for rank in range(2)))
     torch.multiprocessing.start_processes(
         ddp_worker, args=(tmp_path, net), nprocs=2, start_method="forkserver"
     )
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(24))
 def test_random_net(seed):
-    check(seed)
-
-
-@pytest.mark.parametrize("seed", range(40, 60))
-def test_random_net_keeps_the_invariant(seed):
-    check(seed, asks=True)
+    check(seed, asks=seed % 2 > 0)
 
 
 @pytest.mark.fuzz
