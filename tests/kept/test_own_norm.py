@@ -153,6 +153,7 @@ REFUSED = {
     ),
     "a weight of another size": lambda n, x: (setattr(n.weight, "data", torch.ones(5)), n(x)),
     "statistics of another size": lambda n, x: (setattr(n, "running_mean", torch.ones(5)), n(x)),
+    "an axis too few": lambda n, x: n(x.flatten(2)),
     "another number of channels": lambda n, x: n(x.flatten(0, 1).unsqueeze(0)),
 }
 

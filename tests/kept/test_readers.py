@@ -18,18 +18,6 @@ from tests.nets.alike import EVALUATION, accelerated, assert_alike, assert_same,
 from tests.nets.random_nets import TOUCHES
 
 
-class Viewed(torch.autograd.Function):
-    """Hands on a view of its argument."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return 2 * grad
-
-
 @torch.library.custom_op("sj_taid_tests::half", mutates_args=())
 def half(y: torch.Tensor) -> torch.Tensor:
     return y / 2
@@ -70,7 +58,6 @@ def summed_with_what_changes(step, y):
 #: besides ``TOUCHES``: all that reads a norm's output, ``[T, N, C, H, W]``
 READERS = TOUCHES | {
     "nothing": lambda step, y: y,
-    "own function of a view": lambda step, y: Viewed.apply(y),
     "custom operator": read_by_a_custom_operator,
     "inference mode": peeked_without_gradients,
     "checkpoint": checkpointed(reentrant=False),

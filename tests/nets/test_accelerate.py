@@ -394,31 +394,6 @@ def test_saved_bytes_are_those_of_training(monkeypatch):
     assert saved[0] == before and saved[1] < 0.85 * unpacked
 
 
-class Branches(nn.Module):
-    """The sum of spikes and of layers of them."""
-
-    def __init__(self, count, logs=False):
-        super().__init__()
-        self.logs = logs
-        self.lif, self.head = neuron.LIFNode(step_mode="m"), nn.Linear(64, 64)
-        self.branches = nn.ModuleList(nn.Linear(64, 64) for _ in range(count))
-
-    def forward(self, x):
-        spikes = h = self.lif(x)
-        for branch in self.branches:
-            h = h + branch(spikes)
-        if self.logs:
-            self.rate = h.detach().mean()
-        return self.head(h)
-
-
-def test_a_sum_is_never_saved_in_more_bytes_than_it_has():
-    x = 2 * torch.rand(8, 4, 64)
-    nets = [*map(Branches, (1, 2, 3, 4)), Branches(1, logs=True)]
-    saved = [accelerate(net, x).saved_bytes[1] for net in nets]
-    assert saved == [x.nbytes + x.nbytes // 32] * 5
-
-
 class Block(nn.Sequential):
     """What memopt recomputes."""
 

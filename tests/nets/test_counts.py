@@ -11,6 +11,7 @@ from torch import nn
 import sj_taid
 from sj_taid._internal.graph import record_saved
 from sj_taid.kept.kept import leave
+from sj_taid.ops.step.plan import Plans
 from tests.nets.alike import accelerated
 
 pytest.importorskip("numba", reason="needs numba: pip install numba")
@@ -80,6 +81,14 @@ def test_a_call_is_decided_in_advance(norm, most, kind):
     assert all(count <= limit for count, limit in zip(found, most, strict=True)), found
 
 
+def test_plans_of_many_shapes_are_forgotten():
+    net = make(neuron.LIFNode(**OPTIONS), True)
+    for steps in range(1, Plans.MOST + 4):
+        net(torch.rand(steps, 2, 8, 2, 2, requires_grad=True))
+        functional.reset_net(net)
+    assert [len(Plans.of(module)) for module in net] == [Plans.MOST] * 2
+
+
 def test_without_gradients_nothing_is_kept():
     net, x = make(neuron.LIFNode(**OPTIONS), True), torch.rand(4, 2, 8, 4, 4)
     with torch.no_grad():
@@ -139,6 +148,21 @@ def test_a_sum_in_front_of_a_neuron_saves_its_terms(add, training, dtype):
         scale = value.abs().max().item()
         assert torch.allclose(value, other, atol=torch.finfo(dtype).eps * 16 * scale)
     assert all(map(torch.equal, net.buffers(), plain.buffers()))
+
+
+@pytest.mark.parametrize(("terms", "logs"), [(1, False), (1, True), (2, False), (4, False)])
+def test_a_sum_is_never_saved_in_more_bytes_than_it_has(terms, logs):
+    (node,) = make(neuron.LIFNode(**OPTIONS), False)
+    x, head, *layers = 2 * torch.rand(8, 4, 64), *(nn.Linear(64, 64) for _ in range(1 + terms))
+
+    def forward():
+        h = spikes = node(x)
+        for branch in layers:
+            h = h + branch(spikes)
+        return head(h), h.detach().mean() if logs else None
+
+    there = nn.ModuleList([head, *layers]).parameters()
+    assert record_saved(forward, [x, *there])[1] == x.nbytes + x.nbytes // 32
 
 
 def late_statistics(norm, h):
