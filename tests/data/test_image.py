@@ -1,6 +1,5 @@
 """Images in memory, made up in their own formats on disk: what they give and refuse."""
 
-import pickle
 import shutil
 import struct
 from collections import Counter
@@ -11,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from torchvision import datasets
-from torchvision.datasets.utils import calculate_md5
 
 from sj_taid import data
 from tests.data.made_up import cut, first, is_locked, ready
@@ -27,7 +25,7 @@ def test_digits():
     assert set(labels.tolist()) == set(range(10))
 
 
-@pytest.mark.parametrize("source", ["SVHN", "EMNIST", "USPS", "CelebA", "mnist", "typo"])
+@pytest.mark.parametrize("source", ["CelebA", "mnist"])
 def test_torchvision_refuses_what_it_cannot_read_by_name(tmp_path, source):
     expected = f"source must be one of MNIST, .*, but it is '{source}'; save its images in folders"
     with pytest.raises(ValueError, match=expected):
@@ -49,10 +47,9 @@ def write_idx(root, folder="MNIST"):
     return raw
 
 
-@pytest.mark.parametrize("source", ["MNIST", "FashionMNIST"])
-def test_mnist(tmp_path, source):
-    raw = write_idx(tmp_path, source)
-    options = {"source": source, "image_size": 32, "limit": 60}
+def test_fashion_mnist(tmp_path):
+    raw = write_idx(tmp_path, "FashionMNIST")
+    options = {"source": "FashionMNIST", "image_size": 32, "limit": 60}
     mnist = ready(data.Torchvision, tmp_path, **options)
     images, labels = first(mnist.test_dataloader())
     assert images.shape == (50, 1, 32, 32) and labels.dtype == torch.int64
@@ -65,7 +62,7 @@ def test_mnist(tmp_path, source):
         with pytest.raises(OSError, match=DAMAGED):
             ready(data.Torchvision, tmp_path, **options)
     shutil.rmtree(raw)
-    message = rf"no {source} at dataset\.root=.*holds {source}/raw, or .*download=true"
+    message = r"no FashionMNIST at dataset\.root=.*holds FashionMNIST/raw, or .*download=true"
     with pytest.raises(FileNotFoundError, match=message):
         ready(data.Torchvision, tmp_path, **options)
 
@@ -86,50 +83,33 @@ def test_mnist_is_downloaded_once(tmp_path, monkeypatch):
         assert len(module.train_set) == 5 and len(calls) == 4
 
 
-@pytest.mark.parametrize("name", ["CIFAR10", "CelebA"])
-def test_download_without_internet(tmp_path, monkeypatch, name):
+def test_download_without_internet(tmp_path, monkeypatch):
     def download(self):
         raise URLError("unreachable")
 
-    monkeypatch.setattr(getattr(datasets, name), "download", download)
-    kind = data.CelebA if name == "CelebA" else data.Torchvision
-    with pytest.raises(OSError, match=rf"{name} in .*unreachable") as info:
-        ready(kind, tmp_path, source=name, channels=3, download=True)
+    monkeypatch.setattr(datasets.CelebA, "download", download)
+    with pytest.raises(OSError, match=r"CelebA in .*unreachable") as info:
+        ready(data.CelebA, tmp_path, channels=3, download=True)
     assert isinstance(info.value.__cause__, URLError)
 
 
-@pytest.fixture
-def cifar10(tmp_path, monkeypatch):
-    """Four images in each file, with checksums to match."""
-    source, folder, md5 = datasets.CIFAR10, tmp_path / "cifar-10-batches-py", {}
-    folder.mkdir()
-    generator = np.random.default_rng(0)
-    names = dict([*source.train_list, *source.test_list])
-    for name in (*names, source.meta["filename"]):
-        content = {"label_names": list("abcdefghij")}
-        if not name.endswith("meta"):
-            pixels = generator.integers(0, 256, (4, 3072), dtype=np.uint8)
-            content = {"data": pixels, "labels": [0, 1, 2, 9]}
-        (folder / name).write_bytes(pickle.dumps(content))
-        md5[name] = calculate_md5(folder / name)
-    for part in ("train_list", "test_list"):
-        monkeypatch.setattr(source, part, [(n, md5[n]) for n, _ in getattr(source, part)])
-    monkeypatch.setattr(source, "meta", source.meta | {"md5": md5[source.meta["filename"]]})
-    return folder
+def test_cifar10(tmp_path, monkeypatch):
+    class CIFAR10:
+        """As torchvision's: [n, H, W, C]."""
 
+        base_folder, classes = "batches", [*"abcdefghij"]
+        data = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
+        targets = (0, 1, 2, 9)
 
-def test_cifar10(cifar10):
-    options = {"source": "CIFAR10", "channels": 3, "image_size": 32}
-    module = ready(data.Torchvision, cifar10.parent, **options, augment="crop_flip")
-    assert len(module.train_set) == 20 and len(module.test_set) == 4
+        def __init__(self, root, train):
+            pass
+
+    monkeypatch.setattr(datasets, "CIFAR10", CIFAR10)
+    (tmp_path / "batches").mkdir()
+    options = {"source": "CIFAR10", "channels": 3, "image_size": 32, "augment": "crop_flip"}
+    module = ready(data.Torchvision, tmp_path, **options)
     images, labels = first(module.test_dataloader())
-    pixels = pickle.loads((cifar10 / "test_batch").read_bytes())["data"]
-    assert images.min() >= -1 and images.max() <= 1
-    found = ((images + 1) * 127.5).round().to(torch.uint8)
-    assert torch.equal(found, torch.tensor(pixels).view(4, 3, 32, 32))
+    found = ((images + 1) * 127.5).round().permute(0, 2, 3, 1)
+    assert torch.equal(found, torch.tensor(CIFAR10.data).float())
     assert labels.tolist() == [0, 1, 2, 9] and module.class_names[9] == "j"
-    assert first(module.train_dataloader())[0].shape == (20, 3, 32, 32)
-
-    cut(cifar10 / "data_batch_3")
-    with pytest.raises(OSError, match=DAMAGED):
-        ready(data.Torchvision, cifar10.parent, **options)
+    assert first(module.train_dataloader())[0].shape == (4, 3, 32, 32)

@@ -21,6 +21,14 @@ class Pixels(Features):
         return image.flatten(1)
 
 
+class Classifying(Pixels):
+    """With a classifier, as Inception."""
+
+    def __init__(self):
+        super().__init__()
+        self.classifier = classifier()
+
+
 def classifier():
     """Logits are the features."""
     layer = nn.Linear(CLASSES, CLASSES, bias=False)

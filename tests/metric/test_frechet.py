@@ -6,9 +6,16 @@ import torch
 from scipy import linalg
 from torch import nn
 
-from sj_taid.metric import AutoencoderCodes, FrechetDistance, PublishedFrechetAutoencoderDistance
+from sj_taid.metric import (
+    AutoencoderCodes,
+    FrechetDistance,
+    InceptionScore,
+    Precision,
+    PublishedFrechetAutoencoderDistance,
+    Recall,
+)
 from sj_taid.model.autoencoder import Autoencoder
-from tests.metric.pixels import Pixels
+from tests.metric.pixels import Classifying, Pixels
 
 
 def scipys(real, generated):
@@ -18,12 +25,11 @@ def scipys(real, generated):
     return ((mu_r - mu_g) ** 2).sum() + np.trace(s_r + s_g - 2 * root)
 
 
-@pytest.mark.parametrize("batch", [7, 400])
-def test_frechet_distance_equals_scipys_matrix_root(batch):
+def test_frechet_distance_equals_scipys_matrix_root():
     real, generated = (torch.randn(n, 4).double() @ torch.rand(4, 4).double() for n in (400, 300))
     metric = FrechetDistance(Pixels())
     for is_real, codes in ((True, real), (False, generated + 0.5)):
-        for part in codes.split(batch):
+        for part in codes.split(7):
             metric.update(part.view(-1, 1, 2, 2), real=is_real)
     expected = scipys(real, generated + 0.5)
     assert float(metric.compute()) == pytest.approx(expected, rel=1e-6)
@@ -41,11 +47,21 @@ def test_frechet_distance_is_in_float32_under_autocast_and_of_any_images():
     assert found[0] == found[1] == found[2]
 
 
-def test_frechet_distance_refuses_too_few_images():
-    metric = FrechetDistance(Pixels())
-    metric.update(torch.rand(50, 1, 2, 2), real=True)
-    metric.update(torch.rand(4, 1, 2, 2), real=False)
-    with pytest.raises(ValueError, match=r"needs at least 5 images, .*but got 4 generated ones"):
+@pytest.mark.parametrize(
+    ("metric", "real", "generated", "needed"),
+    [
+        (FrechetDistance(Pixels()), 50, 4, "at least 5 images, .*but got 4 generated ones"),
+        (InceptionScore(Classifying()), 50, 0, "at least 4 images, .*but got 0 generated ones"),
+        (InceptionScore(Classifying()), 50, 3, "at least 4 images, .*but got 3 generated ones"),
+        (Precision(Pixels(), k=4), 4, 5, "by 4 .* at least 5 images, .*but got 4 real ones; add"),
+        (Recall(Pixels(), k=3), 4, 0, "but got 0 generated ones"),
+    ],
+)
+def test_metrics_refuse_too_few_images(metric, real, generated, needed):
+    for is_real, n in ((True, real), (False, generated)):
+        for image in torch.rand(n, 1, 1, 2, 2):
+            metric.update(image, real=is_real)
+    with pytest.raises(ValueError, match=needed):
         metric.compute()
 
 
