@@ -1,24 +1,6 @@
-"""Shared by the models' tests: neurons, images, and gradients of every parameter."""
-
-from functools import partial
+"""Shared by the models' tests: images, and gradients of every parameter."""
 
 import torch
-from spikingjelly.activation_based import neuron
-
-from sj_taid.model.spiking_vae import original_neuron
-from sj_taid.ops.surrogate import Rect
-
-lif = partial(
-    neuron.LIFNode,
-    tau=4 / 3,
-    decay_input=False,
-    v_threshold=0.2,
-    v_reset=0.0,
-    surrogate_function=Rect(alpha=1.0),
-    step_mode="m",
-)
-plif = partial(neuron.ParametricLIFNode, **original_neuron.keywords)
-frozen_alif = partial(original_neuron, learn_tau=False, learn_threshold=False)
 
 
 def images(n=3, channels=1, size=8):

@@ -5,14 +5,14 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from spikingjelly.activation_based import functional
+from spikingjelly.activation_based import functional, neuron
 from torch import nn
 from torch.nn import functional as F
 
 from sj_taid import TAID, ALIFNode, FixedDecoder
 from sj_taid.model import ESVAE, FSVAE
 from sj_taid.model.spiking_vae import SubpixelConv2d, original_neuron
-from tests.model.conftest import assert_every_parameter_learns, frozen_alif, images, lif, plif
+from tests.model.conftest import assert_every_parameter_learns, images
 
 SIZES = {"image_size": 8, "T": 6, "hidden_channels": 6, "latent_channels": 10}
 SMALL = {ESVAE: SIZES, FSVAE: SIZES | {"k": 4}}
@@ -87,19 +87,14 @@ def test_subpixel_convolution():
 
 
 @pytest.mark.parametrize(
-    "decoder",
-    [TAID, partial(TAID, squeeze="all"), partial(TAID, squeeze="pixel"), FixedDecoder],
-)
-@pytest.mark.parametrize(
-    ("kind", "options"),
+    ("kind", "options", "decoder"),
     [
-        (ESVAE, {}),
-        (ESVAE, {"subpixel": False, "in_channels": 3}),
-        (FSVAE, {"subpixel": False, "in_channels": 3}),
+        (ESVAE, {}, TAID),
+        (ESVAE, {"subpixel": False, "in_channels": 3}, FixedDecoder),
+        (FSVAE, {"in_channels": 3}, partial(TAID, squeeze="pixel")),
     ],
 )
 def test_training_loss_every_parameter_learns(kind, options, decoder):
-    torch.manual_seed(0)
     model = make(kind, **options, image_decoder=decoder(6))
     image = images(16, model.in_channels)
     assert model(image).image.shape == image.shape
@@ -108,10 +103,10 @@ def test_training_loss_every_parameter_learns(kind, options, decoder):
     assert_every_parameter_learns(model, losses["loss"])
 
 
-@pytest.mark.parametrize("neuron", [lif, plif, frozen_alif])
 @KINDS
-def test_takes_any_spikingjelly_neuron(kind, neuron):
-    model = make(kind, neuron=neuron)
+def test_takes_any_spikingjelly_neuron(kind):
+    plif = partial(neuron.ParametricLIFNode, **original_neuron.keywords)
+    model = make(kind, neuron=plif)
     model.training_loss(images())["loss"].backward()
     assert model.sample(2).shape == (2, 1, 8, 8)
 
@@ -151,15 +146,12 @@ BAD = {
     ESVAE: [
         ({"chroma_weight": 3.0}, "of 3 channels"),
         ({"latent_channels": 0}, "latent_channels must be an integer >= 1"),
-        ({"hidden_channels": 0}, "hidden_channels must be an integer >= 1, but it is 0"),
         ({"hidden_channels": [4, 6]}, r"hidden_channels must be an integer >= 1, .* is \[4, 6\]"),
-        ({"image_size": 0}, "image_size must be an integer >= 1, but it is 0"),
         ({"image_size": 8.0}, "image_size must be an integer >= 1, but it is 8.0"),
         ({"image_size": 9}, "image_size must be even, so that it can be halved, not 9"),
         ({"subpixel": "no"}, "subpixel must be True or False"),
         ({"gradient_weight": float("nan")}, "gradient_weight must be a finite number >= 0"),
         ({"image_decoder": TAID(3)}, r"for T=6, as TAID\(6\) is, but it is TAID\(\n?.*T=3"),
-        ({"image_decoder": nn.Identity()}, "for T=6, .* but it is Identity"),
         ({"image_decoder": TAID}, "for T=6, .* but it is <class"),
         ({"neuron": ALIFNode}, "step mode 'm'"),
         ({"neuron": ALIFNode(step_mode="m")}, "neuron must make a neuron each time it is called"),
@@ -180,22 +172,17 @@ def test_bad_arguments(kind, options, message):
         make(kind, **options)
 
 
-@pytest.mark.parametrize("wrong", [255.0, -1.1, torch.nan, torch.inf])
 @KINDS
-def test_bad_images(kind, wrong):
-    model = make(kind, **({"sample_from": "flow"} if kind is ESVAE else {}))
-    for shape in ((2, 1, 8), (2, 3, 8, 8), (2, 1, 16, 16)):
+def test_bad_images(kind):
+    model = make(kind)
+    for shape in ((2, 1, 8), (2, 3, 8, 8)):
         with pytest.raises(ValueError, match=r"expects images \[N, 1, 8, 8\], but got \["):
             model(torch.zeros(shape))
     image = images()
-    image[0, 0, 0, 0] = wrong
+    image[0, 0, 0, 0] = 255
     message = rf"{kind.__name__} got values .*but expects finite values in \[-1, 1\]; scale pixels"
-    calls = [model, model.latent_spikes]
-    if kind is ESVAE:
-        calls += [model.rate, lambda image: model.fit_prior([image])]
-    for call in calls:
-        with pytest.raises(ValueError, match=message), torch.no_grad():
-            call(image)
+    with pytest.raises(ValueError, match=message), torch.no_grad():
+        model(image)
     model(image)  # a training step does not wait for the values; its loss tells
     with pytest.raises(ValueError, match=message):
         model.eval()(image)
