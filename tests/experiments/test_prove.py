@@ -21,52 +21,44 @@ from tests.test_docs import Parsed, parse_only  # noqa: F401
 GPU = "../NVIDIA H100 | 80GB HBM3"
 
 
-def read_page(out):
-    """The page in the only folder, without the padding of tables."""
-    (path,) = out.glob("*/prove.md")
-    return re.sub(" +", " ", path.read_text(encoding="utf-8"))
-
-
-def run_steps(monkeypatch, out, steps, *options):
-    """The exit code and the page of a run of these steps, as if there were a GPU."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: GPU)
-    monkeypatch.setattr(prove, "steps", lambda device, folder: steps)
-    return prove.main(["--out", str(out), *options]), read_page(out)
-
-
-def test_prove_continues_past_what_raises_or_dies(tmp_path, monkeypatch, capsys):
-    steps = [
-        Step("raises", ["-c", "raise ValueError('in|jected')"]),
-        Step("dies", ["-c", "import os; print('so far'); os.abort()"], {"A": "b c"}),
-        Step("passes", ["-c", "print('fine')"]),
-    ]
-    code, page = run_steps(monkeypatch, tmp_path, steps)
-    assert code == 1
-    said = [line.split("  ")[0].strip() for line in capsys.readouterr().out.splitlines()[:3]]
-    assert said == ["failed", "failed", "passed"]
-    assert "1 passed, 2 failed, 0 skipped" in page
-    assert "Traceback (most recent call last):" in page and "\nValueError: in|jected\n~~~" in page
-    assert "| raises | failed |" in page
-    assert r"exit code 1: ValueError: in\|jected |" in page
-    assert "## dies failed: SIGABRT" in page and "`'A=b c' python -c" in page
-    assert "so far" in page
-
-
-def test_prove_names_its_files_by_the_machine_and_replaces_them(tmp_path, monkeypatch):
-    out = tmp_path / "out"
-    folder = out / "nvidia-h100-80gb-hbm3"
-    folder.mkdir(parents=True)
+def test_prove_continues_past_what_fails_and_writes_a_page(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "nvidia-h100-80gb-hbm3"
+    folder.mkdir()
     (folder / "frontier.csv").write_text("neuron\nof another day\n")
     rows = ("T,N,device,commit", "4,8,a GPU,1234", "1")
     write = f"import sys; print(*{rows}, sep='\\n', file=open(sys.argv[1], 'w'))"
-    steps = [Step("writes", ["-c", write, str(folder / "neuron.csv")])]
-    code, page = run_steps(monkeypatch, out, steps)
-    assert code == 0 and [path.name for path in out.iterdir()] == [folder.name]
-    assert page.startswith(f"# {GPU}: 1 passed")
-    assert f"torch {version('torch')}" in page and "## neuron\n" in page
-    assert "| T | N |" in page and "| 4 | 8 |" in page and "| 1 | |" in page
+    steps = [
+        Step("raises", ["-c", "raise ValueError('in|jected')"]),
+        Step("dies", ["-c", "import os; print('so far'); os.abort()"], {"A": "b c"}),
+        Step("writes", ["-c", write, str(folder / "neuron.csv")]),
+    ]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: GPU)
+    monkeypatch.setattr(prove, "steps", lambda device, folder: steps)
+    assert prove.main(["--out", str(tmp_path)]) == 1
+    said = [line.split("  ")[0].strip() for line in capsys.readouterr().out.splitlines()[:3]]
+    assert said == ["failed", "failed", "passed"]
+    (path,) = tmp_path.glob("*/prove.md")
+    page = re.sub(" +", " ", path.read_text(encoding="utf-8"))  # without the padding of tables
+    assert page.startswith(f"# {GPU}: 1 passed, 2 failed, 0 skipped")
+    for part in (
+        f"torch {version('torch')}",
+        "Traceback (most recent call last):",
+        "\nValueError: in|jected\n~~~",
+        r"| raises | failed |",
+        r"exit code 1: ValueError: in\|jected |",
+        "## dies failed: SIGABRT",
+        "`'A=b c' python -c",
+        "so far",
+        "## neuron\n",
+        "| T | N |",
+        "| 4 | 8 |",
+        "| 1 | |",
+    ):
+        assert part in page
     assert "of another day" not in page
+    del steps[:2]
+    assert prove.main(["--out", str(tmp_path)]) == 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -95,12 +87,6 @@ def test_every_step_is_a_command_that_parses(device, tmp_path, parse_only):  # n
             name = Path(program).stem
         with pytest.raises(Parsed):
             importlib.import_module(name).main(arguments)
-
-
-def test_a_net_is_measured_as_it_is_before_it_is_compiled(tmp_path):
-    steps = [[*step.arguments] for step in prove.steps("cuda", tmp_path)]
-    (compiled,) = (i for i, arguments in enumerate(steps) if "--compile" in arguments)
-    assert [word for word in steps[compiled] if word != "--compile"] in steps[:compiled]
 
 
 def test_neurons_that_are_no_lif_are_made_and_fused():
