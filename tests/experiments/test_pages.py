@@ -54,21 +54,6 @@ def test_decoders_are_compared_by_runs_of_one_seed_and_neuron(monkeypatch):
     ]
 
 
-def test_a_gain_in_error_has_both_fads_of_the_same_runs_beside_it():
-    runs = [
-        *(single("fixed", "lif", 0, 2.0, fad=2.0), single("taid", "lif", 0, 1.0, fad=3.0)),
-        *(single("fixed", "alif", 0, 4.0, fad=2.0), single("taid", "alif", 0, 2.0, fad=3.0)),
-        single("fixed", "lif", 1, 9.0, fad=9.0),  # without a partner
-    ]
-    table = compare.frame(runs)[0]
-    row = pages.decoder_gain("TAID", "a net", table, "taid")
-    assert (row["before"], row["gain"], row["own FAD"]) == ("3.0000 ± 1.4142", "-50 %", "+50 %")
-    assert row["net"] == "a net, LIF, ALIF, 2 epochs" and row["seeds"] == "2"
-    table.loc[0, "fad_published"] = None
-    row = pages.decoder_gain("TAID", "a net", table, "taid")
-    assert row["FAD as published"] == "-50 % (1 pair)"
-
-
 def test_a_model_is_chosen_by_one_half_and_judged_by_the_other(tmp_path, monkeypatch):
     fads = {("A", "one"): (4, 6), ("A", "two"): (3, 5), ("A", "training images"): (1, 1)}
     fads |= {("B", "one"): (2, 2), ("B", "two"): (7, 9), ("B", "training images"): (1, 3)}
@@ -91,19 +76,6 @@ def test_stored_runs_name_no_place_of_images(tmp_path):
             assert not re.search(r'[" =]/\w+/|_?root=', path.read_text()), path
 
 
-class Mean(neuron.BaseNode):
-    def single_step_functional_forward(self, inputs, states, **kwargs):
-        (x,), (v,) = inputs, states
-        return (self.surrogate_function(x - x.mean()),), (v,)
-
-
-def test_a_neuron_is_read_or_not_with_a_reason():
-    assert pages.read_neuron(neuron.LIFNode) == ("equal to the bit", "as bits")
-    assert pages.read_neuron(neuron.EIFNode) == ("equal to rounding", "as bits")
-    assert pages.read_neuron(neuron.TernaryIFNode) == ("equal to the bit", "in four bits")
-    assert pages.read_neuron(Mean) == ("not read: its step has mean, which is not pointwise", "")
-
-
 def test_neurons_of_another_version_leave_their_table(monkeypatch):
     page = pages.ROOT / "docs" / "accelerate.md"
     monkeypatch.setattr(pages, "version", lambda name: "2.0.1")
@@ -123,16 +95,6 @@ def test_accelerate_does_what_the_table_of_neurons_says(kind):
     notes = {"equal to the bit": "equal outputs", "equal to rounding": "equal outputs to rounding"}
     reason = row.note.partition("; swap_neurons(")[0]  # the remedy
     assert reason.rstrip(": ") == notes.get(said, said.removeprefix("not read: "))
-
-
-def test_energy_has_the_sum_and_the_accuracy_of_each_net():
-    axis = pages.energy().axes[0]
-    rows = pd.read_csv(pages.RESULTS / "energy.csv").groupby("net", sort=False)
-    told = [text.get_text() for text in axis.get_legend().get_texts()]
-    for line, bars, (_, net) in zip(told, axis.containers, rows, strict=True):
-        assert f"{sum(bar.get_height() for bar in bars) / 1e3:.2f} µJ" in line
-        assert f"{net['nj'].sum() / 1e3:.2f} µJ" in line
-        assert f"{100 * net['accuracy'].iloc[0]:.1f} % right" in line
 
 
 # ---- the committed results ----
@@ -180,11 +142,3 @@ def test_a_script_of_a_result_is_there_or_the_page_says_where():
     assert len(scripts) > 9
     for script in scripts:
         assert (pages.ROOT / script).is_file() or f"`{script.removeprefix('experiments/')}`" in told
-
-
-def test_bars_are_all_drawn(tmp_path):
-    table = pages.rivals()
-    assert len(table) == 4 and {*table.columns.levels[1]} == {*pages.RIVALS}
-    assert not table.isna().any(axis=None)
-    pages.draw_rivals(tmp_path / "bars.png")
-    assert (tmp_path / "bars.png").stat().st_size > 10_000
