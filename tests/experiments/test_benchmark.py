@@ -30,8 +30,9 @@ TIMES = ["p20_ms", "median_ms", "p80_ms"]
 
 
 @pytest.fixture
-def measure(tmp_path):
+def measure(tmp_path, monkeypatch):
     """Run a benchmark with options, and read the CSV that it writes."""
+    monkeypatch.setattr(common, "WARM_UP", 2)
 
     def run(script, *options):
         script.main(["--device", "cpu", "--out", str(tmp_path), *options])

@@ -76,6 +76,16 @@ def test_stored_runs_name_no_place_of_images(tmp_path):
             assert not re.search(r'[" =]/\w+/|_?root=', path.read_text()), path
 
 
+class Mean(neuron.BaseNode):
+    def single_step_functional_forward(self, inputs, states, **kwargs):
+        (x,), (v,) = inputs, states
+        return (self.surrogate_function(x - x.mean()),), (v,)
+
+
+def test_a_neuron_is_not_read_with_a_reason():
+    assert pages.read_neuron(Mean) == ("not read: its step has mean, which is not pointwise", "")
+
+
 def test_neurons_of_another_version_leave_their_table(monkeypatch):
     page = pages.ROOT / "docs" / "accelerate.md"
     monkeypatch.setattr(pages, "version", lambda name: "2.0.1")

@@ -41,7 +41,18 @@ def test_precision_and_recall_take_as_many_of_each_kind(kind):
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_precision_is_exact_far_from_zero():
-    """In float64; in float32 the distances would lose their digits."""
-    far = 1e6 + torch.tensor([REAL, [0.5, 0.625, 9, 20]])
-    assert compute(Precision(Pixels(), k=1), *far.tolist()) == 0.5
+def test_precision_of_groups_far_from_each_other():
+    """Against differences in float64, which are exact; by float32 distances would lose digits."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(2, 1100, 4, generator=generator)  # more than are at once
+    groups = 1e7 * torch.randint(2, (2, 1100, 1), generator=generator)
+    real, generated = features = pixels + groups
+
+    def distances(points):
+        return (points.double().unsqueeze(1) - real.double()).norm(dim=2)
+
+    radii = distances(real).kthvalue(6).values
+    expected = (distances(generated) <= radii).any(1).float().mean().item()
+    metric = Precision(Pixels())
+    metric.real_features, metric.fake_features = [[one] for one in features]
+    assert metric.compute().item() == pytest.approx(expected, abs=1e-6)

@@ -37,6 +37,8 @@ def test_reconstruct_is_forward_in_eval_mode(kind):
     assert model.training and not made.requires_grad
     torch.manual_seed(0)
     assert torch.equal(made, model.eval()(image).image)
+    torch.manual_seed(0)
+    assert torch.equal(made, model.decode(model.latent_spikes(image)))
 
 
 def test_fsvae_has_no_classes():
