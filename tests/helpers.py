@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -62,25 +62,12 @@ class Case:
         return replace(self, **changes)
 
     def __str__(self) -> str:
-        parts = (
-            "soft" if self.v_reset is None else f"hard{self.v_reset:g}",
-            "detach" if self.detach_reset else "attach",
-            "decay" if self.decay_input else "nodecay",
-            "scalar" if self.channels is None else f"channels{self.channels}",
-            str(self.dtype).removeprefix("torch."),
-            "x".join(map(str, self.shape)),
-            type(self.surrogate_function).__name__,
-            "" if self.v_init else "rest",
-            "" if self.axes is None else "strided",
-            "" if len(self.through) == 3 else "_".join(self.through),
-            "_".join(("frozen", *self.frozen)) if self.frozen else "",
-            self.norm or "",
-            "_".join(("lacks", *self.lacks)) if self.norm and self.lacks else "",
-            "bits" if self.pack else "",
-            "moved" if self.moved else "",
-            "stateless" if self.stateless else "",
-        )
-        return "-".join(part for part in parts if part)
+        """What differs from the defaults."""
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        given["surrogate_function"] = type(self.surrogate_function).__name__
+        default = {f.name: f.default for f in fields(self)} | {"surrogate_function": "ATan"}
+        parts = (f"{name}={value}" for name, value in given.items() if value != default[name])
+        return "-".join(parts).replace("torch.", "").replace(" ", "") or "default"
 
 
 def grid(dtypes: tuple[torch.dtype, ...], base: Case = Case()) -> list[Case]:
@@ -151,18 +138,13 @@ def norm_of(case: Case, leaves: Leaves) -> BatchNorm | None:
 
 
 def results(
-    multi_step: Callable[..., Any],
-    case: Case,
-    leaves: Leaves | None = None,
-    store_v_seq: bool | None = None,
-    through: tuple[str, ...] | None = None,
+    multi_step: Callable[..., Any], case: Case, leaves: Leaves | None = None
 ) -> dict[str, Tensor]:
-    """Outputs and every gradient by name, under random cotangents for the outputs ``through``.
+    """Outputs and every gradient by name, under random cotangents for the case's outputs.
 
     The cotangents are rounded to the case's dtypes, so that leaves in float64 get the same ones.
     """
     leaves = leaves or tensors(case)
-    through = through or case.through
     if case.norm or case.pack:
         multi_step = with_norm(multi_step, norm_of(case, leaves), case.pack)
     with saved_tensors_hooks(reverse, lambda t: t) if case.moved else nullcontext():
@@ -171,20 +153,20 @@ def results(
             leaves["v0"] if case.v_init else (case.v_reset or 0.0),
             None if case.stateless else leaves["w"],
             leaves["v_threshold"],
-            store_v_seq="v_seq" in through if store_v_seq is None else store_v_seq,
+            store_v_seq="v_seq" in case.through,
             **case.options(),
         )
     outputs = {"spike_seq": spike_seq, "v": v_last}
     if v_seq is not None:
         outputs["v_seq"] = v_seq
     g = torch.Generator().manual_seed(case.seed + 1)
-    dtypes = {"spike_seq": case.dtype}
+    of_state = torch.promote_types(case.dtype, torch.float32)
     cotangents = {
         n: torch.randn(o.shape, generator=g, dtype=torch.float64)
-        .to(dtypes.get(n, torch.promote_types(case.dtype, torch.float32)))
+        .to(case.dtype if n == "spike_seq" else of_state)
         .to(o)
         for n, o in outputs.items()
-        if n in through
+        if n in case.through
     }
     given = {"v0": case.v_init, "w": not case.stateless}
     wanted = {n: t for n, t in leaves.items() if t.requires_grad and given.get(n, True)}

@@ -92,8 +92,9 @@ class Parsed(Exception):
     """Raised in place of what a command does once its arguments are parsed."""
 
 
-@pytest.fixture
-def parse_only(monkeypatch):
+@pytest.mark.slow
+@pytest.mark.parametrize("line", [*commands()])
+def test_command_parses(line, monkeypatch):
     parse = argparse.ArgumentParser.parse_args
 
     def parse_args(*arguments):
@@ -101,20 +102,18 @@ def parse_only(monkeypatch):
         raise Parsed
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("parse_only")
-@pytest.mark.parametrize("line", [*commands()])
-def test_command_parses(line):
     program, *words = shlex.split(os.path.expandvars(line), comments=True)
     words = [word for word in words if word not in ("...", "x")]
     if program == "torchrun":  # its options are its own
         program, *words = "sj-taid", *words[words.index("sj_taid") + 1 :]
     if "--config-dir" in words:  # whose files are the reader's
         OverridesParser.create().parse_overrides(words[1 : words.index("--config-dir")])
+    elif program == "sj-taid" and words[0] in ("compare", "doctor"):
+        with pytest.raises(Parsed):
+            {"compare": compare, "doctor": doctor}[words[0]].main(words[1:])
     elif program == "sj-taid":
-        parse_arguments(*words)
+        given = [word for word in words[1:] if word != "-m" and "resume=" not in word]
+        compose_each(words[0], given)
     elif program == "make":
         assert re.search(rf"^{words[0]}:", read(ROOT / "Makefile"), re.M)
     elif program == "pip":
@@ -131,15 +130,6 @@ def test_command_parses(line):
         assert re.fullmatch(r"\w+=\S+", *words)
     else:
         assert program in ("pytest", "tensorboard")
-
-
-def parse_arguments(command, *words):
-    """Those of ``sj-taid``."""
-    if command in ("compare", "doctor"):
-        with pytest.raises(Parsed):
-            {"compare": compare, "doctor": doctor}[command].main(words)
-    else:
-        compose_each(command, [word for word in words if word != "-m" and "resume=" not in word])
 
 
 def compose_each(config, words):
@@ -191,32 +181,21 @@ def test_api_lists_every_public_name(name):
             assert re.search(rf":: {name}\.{public}$", TEXTS["api"], re.M), public
 
 
-def formulas():
-    """Those of docstrings, with how many lines each has."""
-    for path in sorted(ROOT.glob("sj_taid/**/*.py")):
-        for text in re.findall(r"\.\. math::(.*\n(?:\n? {8,}.*\n)*)", read(path)):
-            lines = len(re.split(r"\\\\|\n\n", text.strip()))
-            yield pytest.param(text, lines, id=f"{path.stem}-{lines}")
-
-
-@pytest.mark.parametrize(("text", "lines"), formulas())
-def test_a_formula_of_a_docstring_has_its_lines_and_no_sign_of_latex(text, lines):
-    mathml = load_conf().as_mathml(text)
-    assert mathml.count("<mtr>") == (lines if lines > 1 else 0)
-    assert not re.search(r">(&|&amp;|\\\w+)<", mathml)
-
-
-@pytest.mark.parametrize("text", ["a & b", r"\nosuch a", r"\mathrm{a} \tfracc12"])
-def test_a_formula_that_is_not_translated_stops_the_pages(text):
-    with pytest.raises(ValueError, match="is not translated, of the formula"):
-        load_conf().as_mathml(text)
-
-
-def load_conf():
+def test_formulas_have_their_lines_and_no_sign_of_latex():
     spec = importlib.util.spec_from_file_location("docs_conf", ROOT / "docs" / "conf.py")
     conf = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(conf)
-    return conf
+    found = 0
+    for path in ROOT.glob("sj_taid/**/*.py"):
+        for text in re.findall(r"\.\. math::(.*\n(?:\n? {8,}.*\n)*)", read(path)):
+            lines, mathml = len(re.split(r"\\\\|\n\n", text.strip())), conf.as_mathml(text)
+            assert mathml.count("<mtr>") == (lines if lines > 1 else 0), text
+            assert not re.search(r">(&|&amp;|\\\w+)<", mathml), text
+            found += lines > 1
+    assert found
+    for text in ("a & b", r"\nosuch a", r"\mathrm{a} \tfracc12"):
+        with pytest.raises(ValueError, match="is not translated, of the formula"):
+            conf.as_mathml(text)
 
 
 def test_environment_lists_every_variable():

@@ -27,22 +27,6 @@ for part, package in (("lightning", "lightning"), ("metric", "torchmetrics")):
             assert f"pip install {package}" in str(error), error
         else:
             raise AssertionError(use)
-"""
-
-
-def run(code):
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-
-
-@pytest.mark.slow
-def test_import_is_light_and_names_missing_packages():
-    done = run(CODE)
-    assert done.returncode == 0, done.stderr
-
-
-UNTRAINED = """
-import sys
-
 sys.modules["omegaconf"] = None
 from sj_taid.__main__ import main
 
@@ -58,9 +42,9 @@ main()
 
 
 @pytest.mark.slow
-def test_command_line_without_the_extra_train_is_one_line():
-    done = run(UNTRAINED)
-    assert done.returncode == 1 and "backend torch: works" in done.stdout
-    assert "draw images" in done.stdout and 'pip install ".[train]" in a' in done.stdout
+def test_import_is_light_and_names_what_is_missing_in_one_line():
+    done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True)
     said = r"sj-taid train needs the extra train: .*omegaconf.*; to get it: pip install .* in .*\n"
-    assert re.fullmatch(said, done.stderr)
+    assert re.fullmatch(said, done.stderr) and done.returncode == 1, done.stderr
+    assert "backend torch: works" in done.stdout and "draw images" in done.stdout
+    assert 'pip install ".[train]" in a' in done.stdout

@@ -11,11 +11,9 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from spikingjelly.activation_based import functional as theirs
 from spikingjelly.activation_based import surrogate
 from torch import nn
 
-import sj_taid
 from sj_taid import ALIFNode, functional
 from sj_taid.ops import backends
 
@@ -23,20 +21,11 @@ hypothesis = pytest.importorskip("hypothesis", reason="needs hypothesis")
 st = hypothesis.strategies
 
 BACKENDS = [name for name in backends.BACKENDS if backends.why_not(name) is None]
-SIZES = [pytest.param(60, id="some"), pytest.param(2000, id="many", marks=pytest.mark.fuzz)]
-sizes = pytest.mark.parametrize("examples", SIZES)
 SURROGATES = {
     surrogate.Sigmoid: lambda u, a: a / (2 + 2 * np.cosh(np.clip(a * u, -700, 700))),
     surrogate.ATan: lambda u, a: a / 2 / (1 + (np.pi / 2 * a * u) ** 2),
 }
 quiet = partial(np.errstate, all="ignore")
-
-
-def fuzz(check, examples, *strategies):
-    options = {"deadline": None, "database": None, "derandomize": examples < 1000}
-    everything = hypothesis.HealthCheck
-    given = hypothesis.given(*strategies)(check)
-    hypothesis.settings(max_examples=examples, suppress_health_check=everything, **options)(given)()
 
 
 # ---- inputs ----
@@ -63,12 +52,12 @@ def tensors(draw, shape, dtype, values=moderate | anything):
 
 
 @st.composite
-def calls(draw, backend, steps=st.integers(1, 6) | st.sampled_from([17, 300])):
+def calls(draw, backend):
     """The arguments of ``alif_multi_step``."""
     more = [torch.float16, torch.float64] if backend == "torch" else []
     dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, *more]))
     state = torch.promote_types(dtype, torch.float32)
-    T = draw(steps)
+    T = draw(st.integers(1, 6) | st.sampled_from([17, 300]))
     step = draw(st.lists(st.integers(0, 4), min_size=1, max_size=4))
     values = draw(st.sampled_from([moderate, moderate | anything]))
     per_channel = len(step) > 1 and draw(st.booleans())
@@ -125,12 +114,24 @@ def charged(call, v_seq):
     return before, h, error, open_
 
 
-def check_alif(call):
+def by_node(call, step_mode, cut):
+    """The same by a node, step by step or as a sequence cut in two."""
+    options = {n: call[n] for n in call if n not in ("x_seq", "v", "w", "v_threshold")}
+    node = ALIFNode(step_mode=step_mode, **options)
+    node.w, node.v_threshold = nn.Parameter(call["w"]), nn.Parameter(call["v_threshold"])
+    x, node.v = call["x_seq"], call["v"]
+    if step_mode == "s":
+        return torch.stack([node(step) for step in x]), node.v
+    return torch.cat([node(part) for part in (x[:cut], x[cut:]) if len(part)]), node.v
+
+
+def check_alif(call, step_mode, cut):
     spikes, v, v_seq = functional.alif_multi_step(**call, store_v_seq=True)
-    alone = functional.alif_multi_step(**call)
-    for got, same in ((alone[0], spikes), (alone[1], v), (v_seq[-1], v)):
-        assert torch.equal(got.nan_to_num(123), same.nan_to_num(123))
-    assert alone[2] is None and spikes.shape == v_seq.shape == call["x_seq"].shape
+    by_functions = functional.alif_multi_step(**call)
+    for same in (by_functions[:2], by_node(call, step_mode, cut), (spikes, v_seq[-1])):
+        for got, want in zip(same, (spikes, v), strict=True):
+            assert torch.equal(got.nan_to_num(123), want.nan_to_num(123))
+    assert by_functions[2] is None and spikes.shape == v_seq.shape == call["x_seq"].shape
     assert spikes.dtype == call["x_seq"].dtype and v.dtype == call["w"].dtype
     s, v_seq = spikes.double().numpy(), v_seq.double().numpy()
     assert np.isin(s, (0, 1)).all()
@@ -202,48 +203,13 @@ def check_gradients(call, s, before, h, x, q, threshold, eps, tiny):
         assert (np.abs(grad.double().numpy() - value) <= bound).all(), name
 
 
-@sizes
-@pytest.mark.parametrize("backend", [*BACKENDS, backends.AUTO])
-def test_alif_multi_step(backend, examples):
-    fuzz(check_alif, examples, calls(backend))
-
-
-@sizes
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_node(backend, examples):
-    """In either step mode, the sequence cut anywhere; named, and at rest after ``fresh_state``."""
-
-    def check(call, tau, threshold, channels, bound, cut):
-        x = call["x_seq"]
-        kept = ("decay_input", "v_reset", "surrogate_function", "detach_reset", "backend")
-        options = {name: call[name] for name in kept}
-        channels = x.shape[2] if channels and x.dim() > 2 and x.shape[2] else None
-        floor = threshold - 1 if bound else None
-        node = ALIFNode(
-            tau, v_threshold=threshold, channels=channels, min_v_threshold=floor, **options
-        ).to(call["w"].dtype)
-        q = 1 / np.float64(tau)
-        assert np.allclose(node.tau.detach().double() * q, 1, rtol=1e-4, atol=0)
-        net = nn.Sequential(node)
-        for mode in "sm":
-            theirs.set_step_mode(net, mode)
-            with sj_taid.fresh_state(net):
-                if mode == "s":
-                    spikes = torch.stack([net(step) for step in x])
-                else:
-                    spikes = torch.cat([net(part) for part in (x[:cut], x[cut:]) if len(part)])
-                v = node.v
-            same = call | {
-                "v": call["v_reset"] or 0.0,
-                "w": node.w,
-                "v_threshold": node.v_threshold,
-            }
-            want, last, _ = functional.alif_multi_step(**same)
-            torch.testing.assert_close(spikes, want, rtol=0, atol=0, equal_nan=True)
-            torch.testing.assert_close(v, last, rtol=0, atol=0, equal_nan=True)
-        assert node.name == "0" and node.v == (call["v_reset"] or 0.0)
-
-    tau = st.floats(1.0, 2.0**100, exclude_min=True) | st.sampled_from([1 + 1e-6, 2.0, 1e37])
-    threshold = moderate | st.sampled_from([math.inf, -math.inf, 1e-40])
-    flags = (st.booleans(), st.booleans(), st.integers(0, 6))
-    fuzz(check, examples, calls(backend, st.integers(1, 6)), tau, threshold, *flags)
+@pytest.mark.parametrize(
+    "examples",
+    [pytest.param(60, id="some"), pytest.param(2000, id="many", marks=pytest.mark.fuzz)],
+)
+def test_alif_equals_its_equations(backend, examples):
+    everything, options = hypothesis.HealthCheck, {"deadline": None, "database": None}
+    given = hypothesis.given(calls(backend), st.sampled_from("sm"), st.integers(0, 6))(check_alif)
+    options |= {"derandomize": examples < 1000, "max_examples": examples}
+    hypothesis.settings(suppress_health_check=everything, **options)(given)()

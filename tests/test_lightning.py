@@ -34,16 +34,9 @@ def test_reset_state_starts_every_batch_from_rest(tmp_path):
     task = Task()
     # The last batch is smaller: without a reset the batch size would not fit either.
     data = DataLoader(torch.rand(5, 3), batch_size=2)
-    trainer = Trainer(
-        max_epochs=2,
-        accelerator="cpu",
-        callbacks=[ResetState()],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=tmp_path,
-    )
+    shown = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    options = dict.fromkeys(shown, False) | {"max_epochs": 2, "default_root_dir": tmp_path}
+    trainer = Trainer(accelerator="cpu", callbacks=[ResetState()], **options)
     with torch.no_grad():
         task.net[1].v_threshold.fill_(-0.5)
     with pytest.warns(UserWarning, match=r"^layers net\.1: threshold at or below"):

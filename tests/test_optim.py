@@ -26,19 +26,13 @@ def test_parameter_groups_hold_every_learned_parameter_once():
     assert "weight_decay" not in weights
 
 
-def test_parameter_groups_know_a_parametrized_threshold():
+def test_parameter_groups_know_a_parametrized_threshold_and_layers_of_a_neuron():
     node = ALIFNode(v_threshold=0.5)
     register_parametrization(node, "v_threshold", nn.Softplus())
-    (neurons,) = parameter_groups(node, lr=0.1)
-    assert {*neurons["params"]} == {node.w, node.parametrizations.v_threshold.original}
-
-
-def test_parameter_groups_leave_layers_of_a_neuron_among_the_weights():
-    node = ALIFNode()
     node.recurrent = nn.Linear(2, 2)
     weights, neurons = parameter_groups(node, lr=0.1)
     assert weights["params"] == [*node.recurrent.parameters()]
-    assert neurons["params"] == [node.w, node.v_threshold]
+    assert {*neurons["params"]} == {node.w, node.parametrizations.v_threshold.original}
 
 
 def test_parameter_groups_leave_out_empty_ones():
@@ -48,7 +42,5 @@ def test_parameter_groups_leave_out_empty_ones():
 
 @pytest.mark.parametrize(("name", "value"), [("lr", "a"), ("lr_scale", -1.0)])
 def test_parameter_groups_refuse_all_but_numbers_from_0(name, value):
-    with pytest.raises(
-        ValueError, match=f"^{name} must be a finite number >= 0, but it is {value!r}"
-    ):
+    with pytest.raises(ValueError, match=f"^{name} must be a finite number >= 0, but it is "):
         parameter_groups(ALIFNode(), **{"lr": 1.0, name: value})

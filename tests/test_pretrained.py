@@ -59,9 +59,14 @@ def test_create_model_of_the_package(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_card_is_complete(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # the card's code saves a picture
-    card = (PACKAGE / name / "README.md").read_text(encoding="utf-8")
-    config = pretrained.read_config(name)
-    metrics = config["metrics"]
+    paths = sorted((PACKAGE / name).iterdir())
+    assert [path.name for path in paths] == ["README.md", "config.json", "model.safetensors"]
+    assert sum(path.stat().st_size for path in paths) <= 5 * MEGABYTE
+    assert sum(path.stat().st_size for path in PACKAGE.glob("*/*")) <= 15 * MEGABYTE
+    card, config = (path.read_text(encoding="utf-8") for path in paths[:2])
+    for text in (card, config):
+        assert not re.search(r"(?<![\w.)])[~.]?/\w|file:", text), "a path of the author's"
+    metrics = json.loads(config)["metrics"]
     assert f"Trained by `{metrics['command']}`." in card
     assert {"epochs", "seed", "versions", "machine"} <= metrics.keys()
     assert re.fullmatch(r"[0-9a-f]{12}", metrics["commit"]), "of a clean checkout"
@@ -71,16 +76,6 @@ def test_card_is_complete(name, tmp_path, monkeypatch):
     exec(compile(code, name, "exec"), {})
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_files_are_small_and_name_no_path(name):
-    paths = sorted((PACKAGE / name).iterdir())
-    assert [path.name for path in paths] == ["README.md", "config.json", "model.safetensors"]
-    assert sum(path.stat().st_size for path in paths) <= 5 * MEGABYTE
-    for path in paths[:2]:
-        assert not re.search(r"(?<![\w.)])[~.]?/\w|file:", path.read_text(encoding="utf-8"))
-    assert sum(path.stat().st_size for path in PACKAGE.glob("*/*")) <= 15 * MEGABYTE
-
-
 def test_create_model_from_a_folder(folder):
     states = [create_model(source, pretrained=True).state_dict() for source in (folder, NAME)]
     torch.testing.assert_close(*states, rtol=0, atol=0)
@@ -88,60 +83,51 @@ def test_create_model_from_a_folder(folder):
         create_model("typo")
 
 
-@pytest.mark.parametrize("text", ["[]", "3", "null", "", "{", '{"model": {}}', '{"sha256": ""}'])
+@pytest.mark.parametrize("text", ["[]", "", '{"model": {}}', '{"sha256": ""}'])
 def test_config_of_another_program(folder, text):
     (folder / "config.json").write_text(text)
     with pytest.raises(ValueError, match=r"config\.json describes no model of sj-taid: "):
         create_model(folder)
 
 
-@pytest.mark.parametrize(
-    ("state", "said"),
-    [
-        ({"x": torch.zeros(3)}, r"Unexpected key\(s\) in state_dict: \"x\""),
-        ({}, r"Missing key\(s\)"),
-    ],
-)
-def test_weights_that_do_not_fit(folder, state, said):
+def test_weights_that_do_not_fit(folder):
     weights = folder / "model.safetensors"
-    safetensors.save_file(state, weights)
-    said_first = rf"is damaged or of another model: its SHA-256 is {digest(folder)}, not "
-    with pytest.raises(ValueError, match=said_first):
-        create_model(folder, pretrained=True)
+    for state, said in (
+        ({"x": torch.zeros(3)}, r"Unexpected key\(s\).* \"x\""),
+        ({}, "Missing key"),
+    ):
+        safetensors.save_file(state, weights)
+        said_first = rf"is damaged or of another model: its SHA-256 is {digest(folder)}, not "
+        with pytest.raises(ValueError, match=said_first):
+            create_model(folder, pretrained=True)
+        change(folder, sha256=digest(folder))
+        with pytest.raises(ValueError, match=f"is of another model than its config.json: {said}"):
+            create_model(folder, pretrained=True)
+    weights.write_bytes(b"x" * 100)
     change(folder, sha256=digest(folder))
-    with pytest.raises(ValueError, match=f"is of another model than its config.json: {said}"):
+    with pytest.raises(ValueError, match=r"model\.safetensors is no file of safetensors: "):
         create_model(folder, pretrained=True)
     weights.unlink()
     with pytest.raises(ValueError, match=r"no weights at .*; copy the whole folder"):
         create_model(folder, pretrained=True)
 
 
-@pytest.mark.parametrize("thresholds", [None, 3, [1], {"head.2": "x"}, {"nowhere": 1.0}])
+@pytest.mark.parametrize("thresholds", [None, [1], {"head.2": "x"}, {"nowhere": 1.0}])
 def test_fixed_thresholds_that_do_not_fit(folder, thresholds):
     change(folder, fixed_thresholds=thresholds)
     with pytest.raises(ValueError, match=r"is of another model than its config\.json: "):
         create_model(folder, pretrained=True)
 
 
-@pytest.mark.parametrize("content", [b"", b"x" * 100])
-def test_weights_of_another_format(folder, content):
-    (folder / "model.safetensors").write_bytes(content)
-    change(folder, sha256=digest(folder))
-    with pytest.raises(ValueError, match=r"model\.safetensors is no file of safetensors: "):
-        create_model(folder, pretrained=True)
-
-
 @pytest.mark.parametrize(
     "target", ["os.system", "sj_taid.create_model", "sj_taid.model.typo", "torch.nn.Linear", None]
 )
-@pytest.mark.parametrize("part", ["model", "neuron"])
-def test_config_calls_nothing_but_models_and_neurons(folder, target, part):
-    call = {"_target_": target, "_partial_": part == "neuron"}
-    if part == "model":
-        change(folder, model=call)
-    else:
-        change_model(folder, neuron=call)
+def test_config_calls_nothing_but_models_and_neurons(folder, target):
     said = rf"config\.json describes no model .*: the config names {target!r}: .* anything$"
+    change_model(folder, neuron={"_target_": target, "_partial_": True})
+    with pytest.raises(ValueError, match=said):
+        create_model(folder)
+    change(folder, model={"_target_": target})
     with pytest.raises(ValueError, match=said):
         create_model(folder)
 
@@ -166,16 +152,16 @@ def build_with(name, **arguments):
 def test_start_from_a_model_with_or_without_a_flow(there, here, tmp_path):
     name = "esvae_mnist_taid"
     folder = Path(shutil.copytree(PACKAGE / name, tmp_path / "model"))
+    weights = folder / "model.safetensors"
+    trained = safetensors.load_file(weights)
     if there == "learned":
-        weights = folder / "model.safetensors"
-        state = safetensors.load_file(weights).items()
-        safetensors.save_file({k: v for k, v in state if not k.startswith("flow.")}, weights)
+        trained = {k: v for k, v in trained.items() if not k.startswith("flow.")}
+        safetensors.save_file(trained, weights)
         change_model(folder, sample_from="learned")
         change(folder, sha256=digest(folder))
     model = build_with(name, sample_from=here)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     pretrained.start_from(model, folder)
-    trained = create_model(name, pretrained=True).state_dict()
     for key, value in model.state_dict().items():
         assert torch.equal(value, (before if key.startswith("flow.") else trained)[key]), key
 
