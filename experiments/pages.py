@@ -28,7 +28,7 @@ from torch import nn
 
 from sj_taid._internal import compat
 from sj_taid.data.image import Torchvision
-from sj_taid.ops.step.read import NotRead
+from sj_taid.ops.step.program import NotRead
 from sj_taid.ops.step.record import Neuron, Notes
 from sj_taid.pretrained import list_models, read_config
 from sj_taid.training import compare

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .ops import backends
 from .ops.bits import LARGEST_COUNT
-from .ops.step.read import NotRead
+from .ops.step.program import NotRead
 from .ops.step.reference import state_dtype
 from .ops.surrogate import is_integer, levels_of
 

@@ -22,7 +22,7 @@ from .ops.bits import is_dense
 from .ops.step import compiled
 from .ops.step.autograd import apply_fused
 from .ops.step.plan import Plan, Plans, Spec, arranged, find_plan, spec_of
-from .ops.step.read import Reading
+from .ops.step.program import Reading
 from .ops.step.readings import BY_IDENTITY, NAMES, has, plain_value, read_neuron
 from .ops.step.record import HOOKS, Neuron, Notes
 from .ops.step.reference import state_dtype

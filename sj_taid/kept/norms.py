@@ -18,7 +18,7 @@ from .._internal import graph
 from ..ops import backends, bits
 from ..ops.bits import is_dense
 from ..ops.step.plan import Plans, Spec, arranged
-from ..ops.step.read import Reading
+from ..ops.step.program import Reading
 from .kept import Kept, Memory, attach
 from .saving import Recipe, unchanged
 

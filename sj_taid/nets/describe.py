@@ -21,7 +21,7 @@ from .._internal import compat
 from .._internal.context import forked
 from ..neuron import ALIFNode
 from ..ops.step.equations import equations
-from ..ops.step.read import NotRead, Reading
+from ..ops.step.program import NotRead, Reading
 from ..ops.step.record import Neuron, Notes
 from .neurons import Site, as_inputs, as_read, check_net, copy_net, find_neurons, need_neurons
 

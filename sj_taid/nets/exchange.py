@@ -12,7 +12,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from .._internal import compat
 from ..fused_neuron import Accelerated, note_for_graphs, restore
 from ..neuron import ALIFNode
-from ..ops.step.read import Reading
+from ..ops.step.program import Reading
 from ..ops.step.readings import read_neuron
 from .modules import (
     AcceleratedALIF,

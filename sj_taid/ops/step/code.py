@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .read import NotRead
+from .program import NotRead
 
 #: the methods that a step begins with, of a neuron and of a module within it
 STARTS = (

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..._internal.graph import constant_in_graphs
 from ..bits import is_dense
 from .plan import ENGINES, arranged, find_plan, spec_of
-from .read import Reading
+from .program import Reading
 from .reference import state_dtype
 
 #: a hash -> the reading: the same in every process, since torch keeps compiled graphs on disk

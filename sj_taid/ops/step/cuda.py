@@ -22,7 +22,7 @@ from .. import bits
 from . import autograd, fused, kernels
 from .kernels import NEED_NORM, NEED_TOTAL, NEED_X, Grid
 from .plan import ENGINES, Engine, Plan, Spec
-from .read import MOST_TOTALS
+from .program import MOST_TOTALS
 
 if torch.version.hip:
     raise ImportError("the kernels are for NVIDIA GPUs, not for ROCm")

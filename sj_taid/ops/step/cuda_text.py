@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from functools import cache
 
-from .read import Program
+from .program import Program
 from .text import EXPRESSIONS
 
 #: those that differ from numba's, of arguments that are float, or bool for conditions

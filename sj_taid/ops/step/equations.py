@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from .read import Program, Reading
+from .program import Program, Reading
 
 #: how an operation is written, and how tightly it binds; others are functions
 _WRITTEN = {

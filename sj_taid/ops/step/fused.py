@@ -18,7 +18,7 @@ from ..bits import is_dense
 from . import compiled, reference
 from .autograd import apply_fused
 from .plan import ENGINES, Engine, Plan, Plans, arranged, find_plan, spec_of
-from .read import NotRead, Reading
+from .program import NotRead, Reading
 from .readings import read_neuron
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .cuda_text import step_text
 from .plan import Spec
-from .read import MOST_TOTALS, Program
+from .program import MOST_TOTALS, Program
 
 #: The C++ types of the kernels, by the input's dtype.
 SCALARS = {torch.float32: "float", torch.float16: "float16", torch.bfloat16: "bfloat16"}

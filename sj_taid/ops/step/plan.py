@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..bits import packed_shape
-from .read import Reading
+from .program import Reading
 
 
 class Spec(NamedTuple):

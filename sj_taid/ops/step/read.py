@@ -9,153 +9,24 @@ a sum over neurons, or is computed from such sums: parameters' gradients are.
 from __future__ import annotations
 
 import math
-import random
-import sys
-import threading
-from collections.abc import Callable, Collection, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from operator import or_
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from ..._internal import graph
-
-#: ``step(x, states, parameters)`` gives the output and the next states
-Step = Callable[[Tensor, Sequence[Any], Sequence[Tensor]], tuple[Tensor, Sequence[Any]]]
-
-#: one reading at a time: torch's modes and random states belong to the process, not to a thread
-ONE_READING = threading.RLock()
-
-#: the most states, operands, totals and constants that a kernel's arguments hold
-MOST_STATES, MOST_OPERANDS, MOST_TOTALS, MOST_CONSTANTS = 4, 8, 8, 64
-
-
-class NotRead(Exception):
-    """Why a step is not read, in words that follow "its step"."""
-
-
-class Program(NamedTuple):
-    """The structure of a step: equal ones share compiled rows.
-
-    Names are ``x``, ``s0`` (states), ``p0`` (operands), ``c0`` (constants), ``g`` and ``g0``
-    (gradients of the output and the next states), ``t0`` (lines).
-    """
-
-    lines: tuple[tuple[str, tuple[str, ...]], ...]  #: line ``i`` makes ``ti``: operation, arguments
-    outputs: tuple[str, ...]  #: the output and the next states
-    grads: tuple[str, ...]  #: the gradients of the input and the states
-    totals: tuple[str, ...]  #: what is summed over neurons
-
-    @property
-    def states(self) -> int:
-        return len(self.outputs) - 1
-
-    def needed(self, roots: Sequence[str]) -> list[int]:
-        """The lines that the ``roots`` are computed from, in order."""
-        found: set[int] = set()
-        stack = [root for root in roots if root[0] == "t"]
-        while stack:
-            line = int(stack.pop()[1:])
-            if line not in found:
-                found.add(line)
-                stack += [arg for arg in self.lines[line][1] if arg[0] == "t"]
-        return sorted(found)
-
-    def most_live(self, roots: Sequence[str]) -> int:
-        """The most values that are needed at a time where the ``roots`` are computed, in order."""
-        live, most = {*roots}, 0
-        for line in reversed(self.needed(roots)):
-            live = live - {f"t{line}"} | {arg for arg in self.lines[line][1] if arg[0] in "xsgt"}
-            most = max(most, len(live))
-        return most
-
-
-class Formulas(NamedTuple):
-    """What torch computes of parameters: operands before the rows, gradients after them."""
-
-    lines: tuple[tuple[str, str, tuple[str, ...]], ...]  #: name, text, the names that it uses
-    parameters: tuple[str, ...]
-    operands: tuple[str, ...]
-    totals: tuple[str, ...]
-    grads: tuple[str | None, ...]  #: of parameters; ``None`` for one that has none
-    total_shapes: tuple[tuple[int, ...], ...]
-
-    def before(self, device: Any) -> Callable[..., list[Tensor]]:
-        """A function of the parameters that gives the operands."""
-        return self._compile(self.parameters, self.operands, device)
-
-    def after(self, needs: Sequence[bool], device: Any) -> Callable[..., list[Any]]:
-        """A function of parameters, operands and totals that gives the gradients needed."""
-        own = [f"_{k}" if name in self.parameters else name for k, name in enumerate(self.operands)]
-        return self._compile((*self.parameters, *own, *self.totals), self._needed(needs), device)
-
-    def totals_of(self, needs: Sequence[bool]) -> tuple[int, ...]:
-        """Which totals these gradients need."""
-        uses = self._uses(self._needed(needs), self.operands)
-        return tuple(k for k, name in enumerate(self.totals) if name in uses)
-
-    def _needed(self, needs: Sequence[bool]) -> list[str | None]:
-        return [grad if need else None for grad, need in zip(self.grads, needs, strict=True)]
-
-    def _uses(self, roots: Sequence[str | None], given: Collection[str]) -> set[str]:
-        """The names that these names need, themselves included, back to what is ``given``."""
-        found: set[str] = set()
-        uses = {name: uses for name, _, uses in self.lines if name not in given}
-        stack = [root for root in roots if root is not None]
-        while stack:
-            if (name := stack.pop()) not in found:
-                found.add(name)
-                stack += uses.get(name, ())
-        return found
-
-    def _compile(self, given: Sequence[str], results: Sequence[str | None], device: Any) -> Any:
-        needed = self._uses(results, given) - {*given}
-        lines = [f"    {name} = {text}" for name, text, _ in self.lines if name in needed]
-        end = f"    return [{', '.join(map(str, results))}]"
-        space: dict[str, Any] = {"aten": torch.ops.aten, "torch": torch}
-        space["full"] = partial(torch.full, device=device)
-        exec("\n".join([f"def function({', '.join(given)}):", *lines, end]), space)
-        return space["function"]
-
-
-class Reading(NamedTuple):
-    """A step that has been read: all that a kernel needs of a neuron."""
-
-    program: Program
-    constants: tuple[float, ...]
-    formulas: Formulas
-    parameters: int
-    operand_channels: tuple[bool, ...]  #: whether each operand is one per channel, not one number
-    total_channels: tuple[bool, ...]
-    #: the least and the most that the output can be, if it is a whole number; else ``None``
-    least: int | None
-    most: int | None
-    exact: bool  #: whether its outputs are torch's to the bit
-
-    @property
-    def states(self) -> int:
-        return self.program.states
-
-    @property
-    def operands(self) -> int:
-        return len(self.operand_channels)
-
-    @property
-    def per_channel(self) -> bool:
-        """Whether a value of parameters, or a sum for them, is one per channel."""
-        return any((*self.operand_channels, *self.total_channels))
-
-    @property
-    def levels(self) -> int:
-        """How many values above the least the output can have; 0 if that is not known."""
-        return 0 if self.most is None or self.least is None else self.most - self.least
+from .program import (
+    MOST_CONSTANTS,
+    MOST_OPERANDS,
+    MOST_TOTALS,
+    Formulas,
+    NotRead,
+    Program,
+    Reading,
+)
+from .trace import Call, Opaque, Step, trace_step
 
 
 def read(step: Step, states: int, parameters: Sequence[Tensor], shape: Sequence[int]) -> Reading:
@@ -185,31 +56,8 @@ def _odd_shapes(shape: Sequence[int], per_channel: bool) -> list[tuple[int, ...]
 
 
 def _read_once(step: Step, states: int, parameters: Sequence[Tensor], shape: Any) -> Reading:
-    if states > MOST_STATES:
-        raise NotRead(f"has more than {MOST_STATES} states")
-    with (
-        ONE_READING,
-        torch.inference_mode(False),
-        torch.autocast("cpu", enabled=False),
-        torch.random.fork_rng(devices=()),
-        saved_tensors_hooks(_same, _same),  # not those of the caller
-        torch.jit.optimized_execution(False),  # scripted functions, which change as they run
-    ):
-        # Until no mask chooses one neuron alone, which torch treats otherwise.
-        for seed in range(16):
-            torch.default_generator.manual_seed(seed)
-            inputs = [_example(shape) for _ in range(1 + states)]
-            inputs += [_example(p.shape, p.dtype) for p in parameters]
-            upstream = [_example(shape).detach() for _ in range(1 + states)]
-            drawn = _random_states()
-            calls, ends = _trace(step, states, inputs, upstream)
-            if _random_states() != drawn:
-                raise NotRead("draws random numbers")
-            if not any(call.name == "index" and call.result.numel() == 1 for call in calls):
-                break
-    names = ["x", *(f"s{k}" for k in range(states)), *(f"w{k}" for k in range(len(parameters)))]
-    names += ["g", *(f"g{k}" for k in range(states))]
-    reader = _Reader(dict(zip(names, (*inputs, *upstream), strict=True)), tuple(shape))
+    given, calls, ends = trace_step(step, states, parameters, shape)
+    reader = _Reader(given, tuple(shape))
     for call in calls:
         try:
             reader.take(call)
@@ -218,201 +66,6 @@ def _read_once(step: Step, states: int, parameters: Sequence[Tensor], shape: Any
     outputs = [reader.root(end) for end in ends[: 1 + states]]
     grads = [reader.root(end) for end in ends[1 + states : 2 + 2 * states]]
     return reader.reading(outputs, grads, ends[2 + 2 * states :])
-
-
-def _random_states() -> tuple[Any, ...]:
-    """The states of Python's and numpy's random numbers; torch's are seen by its operations."""
-    state: Any = np.random.get_state(legacy=False)  # noqa: NPY002
-    return random.getstate(), repr(state["state"])
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
-
-
-class _Opaque(Tensor):
-    """A small tensor whose values nobody can ask for, so that nothing can depend on them."""
-
-    values: Any
-    __torch_function__: Any = torch._C._disabled_torch_function_impl
-
-    @staticmethod
-    def of(values: Tensor, requires_grad: bool = False) -> _Opaque:
-        about: Any = {"strides": values.stride(), "dtype": values.dtype, "device": values.device}
-        made = Tensor._make_wrapper_subclass(
-            _Opaque, values.shape, requires_grad=requires_grad, **about
-        )
-        made.values = values
-        return made
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
-            raise NotRead("asks for a value of a tensor: torch.where takes the place of if")
-        args_, kwargs_ = tree_map_only(_Opaque, lambda t: t.values, (args, kwargs or {}))
-        result = func(*args_, **kwargs_)
-        if args and isinstance(args[0], _Opaque) and result is args[0].values:
-            return args[0]  # changed in place
-        return tree_map_only(Tensor, _Opaque.of, result)
-
-
-def _example(shape: Any, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Random values; of half precision, which a plan is given as float32, in float32."""
-    is_float = dtype.is_floating_point
-    dtype = torch.float32 if is_float and dtype.itemsize < 4 else dtype
-    return _Opaque.of(torch.rand(shape, device="cpu").to(dtype), requires_grad=is_float)
-
-
-class _Call(NamedTuple):
-    """An operation of torch."""
-
-    function: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    result: Any
-    number: Any = None  #: of an operation that makes one, as it was then
-
-    @property
-    def name(self) -> str:
-        return self.function._schema.name.split("::")[1]
-
-
-class _Recorder(TorchDispatchMode):
-    """Notes every operation of torch, those of a backward too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[_Call] = []
-        self.error: NotRead | None = None  # which the step may have caught
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        try:
-            result = func(*args, **(kwargs or {}))
-        except NotRead as error:
-            self.error = error
-            raise
-        call, number = _Call(func, args, kwargs or {}, result), None
-        if call.name in _NEW and type(result) is Tensor and result.numel() == 1:
-            number = result.item()
-        self.calls.append(call._replace(number=number))
-        return result
-
-
-class _Size(torch.SymInt):
-    """A size of the input: torch's functions take it, nothing else can be done with it."""
-
-    def __init__(self, size: int, note: Callable[[str], NotRead]) -> None:
-        self.node: Any = None
-        self.size, self.note = size, note
-
-    def __eq__(self, other: object) -> bool:
-        if isinstance(other, _Size) and other.size == self.size:  # of one axis: all sizes differ
-            return True
-        return self._compute()
-
-    def _compute(self, *args: Any) -> Any:
-        raise self.note(
-            "computes or decides something by a size of its input: a layer before it may"
-        )
-
-    __hash__ = __bool__ = __int__ = __index__ = __float__ = __repr__ = _compute
-    __lt__ = __le__ = __gt__ = __ge__ = __ne__ = _compute
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _compute
-    __truediv__ = __rtruediv__ = __floordiv__ = __mod__ = __neg__ = _compute
-
-
-#: what gives sizes of a tensor, and what takes them
-_SIZES = frozenset(["shape", "size", "numel", "nelement", "__len__"])
-_TAKES_SIZES = frozenset(
-    (
-        *("view", "reshape", "expand", "broadcast_to", "zeros", "ones", "empty", "full"),
-        *("new_zeros", "new_ones", "new_empty", "new_full", "empty_strided"),
-    )
-)
-#: what a call's tensors may answer otherwise, and the questions that all of them answer alike
-_ASKED = frozenset(["grad_fn", "grad", "storage", "untyped_storage"])
-_ALIKE = frozenset(["is_floating_point", "is_complex", "is_signed", "is_cuda", "is_cpu"])
-
-
-class _Asked(TorchFunctionMode):
-    """Sees what Python asks of tensors: sizes become :class:`_Size`."""
-
-    def __init__(self, recorder: _Recorder, channels: tuple[int, ...]) -> None:
-        super().__init__()
-        self.recorder, self.known = recorder, (1, *channels)  # a reading is for as many channels
-
-    def _note(self, text: str) -> NotRead:
-        self.recorder.error = NotRead(text)
-        return self.recorder.error
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = (func.__self__ if func.__name__ == "__get__" else func).__name__
-        kwargs = kwargs or {}
-        sizes = [a for a in (*args, *kwargs.values()) if isinstance(a, _Size)]
-        given = tree_map_only(_Size, lambda size: size.size, (args, kwargs))
-        if name not in _TAKES_SIZES or (sizes and name in ("full", "new_full")):
-            tree_map_only(_Size, _Size._compute, (args, kwargs))
-        result = func(*given[0], **given[1])
-        is_asked = name in _ASKED or (isinstance(result, bool) and name not in _ALIKE)
-        # SpikingJelly's surrogates ask whether to save for backward.
-        if is_asked and not _calls_from_spikingjelly():
-            raise self._note(f"asks for {name!r}, which may be another at the next call")
-        if name in ("dim", "ndim", "ndimension"):
-            return result
-        known = self.known if name in _SIZES else ()
-        if isinstance(result, tuple) and name in (*_SIZES, "stride"):
-            return tuple(n if n in known else _Size(n, self._note) for n in result)
-        if type(result) is int:
-            return result if result in known else _Size(result, self._note)
-        return result
-
-
-def _calls_from_spikingjelly() -> bool:
-    """Whether code of SpikingJelly's called the function that calls this."""
-    home = sys._getframe(2).f_globals.get("__name__", "")
-    return home.partition(".")[0] == "spikingjelly"
-
-
-def _trace(step: Step, states: int, inputs: Any, upstream: Any) -> tuple[list[_Call], list[Any]]:
-    """All operations of a step and of its gradient, and their results, or :class:`NotRead`."""
-    x, recorder = inputs[0], _Recorder()
-    per_channel = any(p.numel() != 1 for p in inputs[1 + states :])
-    asked = _Asked(recorder, x.shape[1:2] if per_channel else ())
-    try:
-        with recorder, torch.enable_grad():
-            with asked:
-                output, after = step(x, inputs[1 : 1 + states], inputs[1 + states :])
-            ends = [output, *after]
-            for end in ends:
-                if not isinstance(end, Tensor) or end.shape != x.shape or end.dtype != x.dtype:
-                    raise NotRead("has an output or state of another shape or dtype than its input")
-            pairs = [(end, g) for end, g in zip(ends, upstream, strict=True) if end.requires_grad]
-            grads: Any = [None] * len(inputs)
-            if pairs:
-                roots, gs = zip(*pairs, strict=True)
-                learned = [i for i in inputs if i.requires_grad]
-                with asked:
-                    found = iter(graph.gradients(roots, learned, gs))
-                grads = [next(found) if i.requires_grad else None for i in inputs]
-    except NotRead:
-        raise
-    except Exception as error:
-        if recorder.error is not None:
-            raise recorder.error from error
-        text = str(error).strip().partition("\n")[0]
-        if "in-place operation" in text:  # of a leaf
-            raise NotRead(
-                "changes in place what it is given: write h = h + x for h += x"
-            ) from error
-        raise NotRead(f"could not be traced: {type(error).__name__}: {text}"[:200]) from error
-    if recorder.error is not None:
-        raise recorder.error
-    return recorder.calls, [*ends, *grads]
-
-
-# ---- kinds of values -----------------------------------------------------------------------------
 
 
 class _Value(NamedTuple):
@@ -439,8 +92,6 @@ _FULL: dict[str, int | float | None] = {
     "ones": 1.0, "ones_like": 1.0, "new_ones": 1.0,
 }  # fmt: skip
 _TAKES_VALUE = ("full", "full_like", "new_full", "scalar_tensor", "fill")
-#: operations that make numbers of nothing that is traced
-_NEW = ("arange", "lift_fresh", "lift_fresh_copy")
 #: operations that are linear, as gradients of parameters must be: a sum of theirs is one of its sum
 _LINEAR = (
     frozenset(["sum", "neg", "add", "sub", "mul", "div", "permute", "transpose", "t", "_to_copy"])
@@ -557,7 +208,7 @@ class _Reader:
 
     def _alias(self, tensor: Tensor) -> set[int]:
         """The tensors in a tensor's memory."""
-        values = tensor.values if isinstance(tensor, _Opaque) else tensor
+        values = tensor.values if isinstance(tensor, Opaque) else tensor
         return self.aliases.setdefault(values.untyped_storage()._cdata, set())
 
     def of(self, tensor: Tensor) -> _Value:
@@ -567,7 +218,7 @@ class _Reader:
             raise NotRead("reads memory that it has not set, as of torch.empty")
         return value
 
-    def take(self, call: _Call) -> None:
+    def take(self, call: Call) -> None:
         """Understand one operation."""
         name = call.name
         in_place = name[-1] == "_" and name[0] != "_"
@@ -589,7 +240,7 @@ class _Reader:
                 for other in shown:  # views of one step are the whole of it
                     self.values[other] = value._replace(shape=self.values[other].shape)
 
-    def _understand(self, call: _Call, base: str) -> _Value:
+    def _understand(self, call: Call, base: str) -> _Value:
         result = call.result
         tensors = _tensors_of(call)
         if base in _FULL:
@@ -618,7 +269,7 @@ class _Reader:
             return self._fold(call, base)
         return self._of_parameters(call, base, "total" if "total" in kinds else "operand")
 
-    def _fold(self, call: _Call, base: str) -> _Value:
+    def _fold(self, call: Call, base: str) -> _Value:
         """An operation on numbers, by torch."""
         result = call.result[0] if isinstance(call.result, list | tuple) else call.result
         if base in _SAME:
@@ -637,7 +288,7 @@ class _Reader:
         found = call.function(*args, **kwargs)
         return _Value("number", found.item(), result.dtype, tuple(result.shape))
 
-    def _of_parameters(self, call: _Call, base: str, kind: str) -> _Value:
+    def _of_parameters(self, call: Call, base: str, kind: str) -> _Value:
         """What torch computes, once a call: not at the size of the input."""
         result = call.result
         if not isinstance(result, Tensor):
@@ -675,7 +326,7 @@ class _Reader:
         self.formulas[name] = f"{call.function}({', '.join(given)})", uses
         return _Value(kind, name, result.dtype, shape)
 
-    def _is_linear(self, call: _Call, base: str) -> bool:
+    def _is_linear(self, call: Call, base: str) -> bool:
         """Whether an operation on sums is linear in them."""
         values = [self.of(a) if isinstance(a, Tensor) else None for a in call.args]
         are_totals = [value is not None and value.kind == "total" for value in values]
@@ -690,7 +341,7 @@ class _Reader:
             return values[1] is not None and not are_totals[1] and call.args[2] == 0
         return base in _LINEAR and not (base == "div" and (are_totals[1] or call.kwargs))
 
-    def _sum(self, call: _Call) -> _Value:
+    def _sum(self, call: Call) -> _Value:
         value, shape = self.of(call.args[0]), tuple(call.args[0].shape)
         dims: Any = call.args[1] if len(call.args) > 1 and call.args[1] else range(len(shape))
         summed = {d % len(shape) for d in ([dims] if isinstance(dims, int) else dims)}
@@ -707,7 +358,7 @@ class _Reader:
 
     # -- a neuron's
 
-    def _of_neuron(self, call: _Call, base: str) -> _Value:
+    def _of_neuron(self, call: Call, base: str) -> _Value:
         result = call.result
         if base in _SAME:
             first = call.args[0]
@@ -729,7 +380,7 @@ class _Reader:
         name = self._pointwise(call, base)
         return _Value("neuron", name, result.dtype, tuple(result.shape), mask)
 
-    def _masked(self, call: _Call) -> _Value:
+    def _masked(self, call: Call) -> _Value:
         """The values of some neurons, as ``x[x > 1]``."""
         whole, (chosen, *others) = call.args
         if others or chosen is None or self.of(chosen).dtype != torch.bool or self.of(whole).mask:
@@ -753,7 +404,7 @@ class _Reader:
             found = self._line("add", before, found)
         return self._line("where", mask, found, before)
 
-    def _pointwise(self, call: _Call, base: str) -> str:
+    def _pointwise(self, call: Call, base: str) -> str:
         args, kwargs, dtype = call.args, call.kwargs, call.result.dtype
         if dtype == torch.bool and base == "mul":
             base = "logical_and"
@@ -951,7 +602,7 @@ class _Reader:
         )
 
 
-def _tensors_of(call: _Call) -> list[Tensor]:
+def _tensors_of(call: Call) -> list[Tensor]:
     found: list[Tensor] = []
     for arg in (*call.args, *call.kwargs.values()):
         parts = arg if isinstance(arg, list | tuple) else [arg]

@@ -12,8 +12,9 @@ from torch import nn
 from torch.jit import ScriptFunction
 
 from .code import is_plain
-from .read import ONE_READING, NotRead, Reading
+from .program import NotRead, Reading
 from .record import HOOKS, Neuron, Notes
+from .trace import ONE_READING
 from .verify import verify
 
 #: class -> the names of attributes, modules and tensors that any of its neurons has read

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ..._internal import compat
 from .code import check_code, is_fixed, is_plain, names_of
-from .read import NotRead, Reading, read
+from .program import NotRead, Reading
+from .read import read
 
 #: packages whose functions of a sequence are known to run its steps
 _OWN = ("spikingjelly", "sj_taid")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .read import Program
+from .program import Program
 
 #: an operation -> its expression in numba, of arguments that are float32, or bool for conditions;
 #: choices are written so that NaN and signed zeros come out as torch's

@@ -11,8 +11,9 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from .autograd import apply_fused
 from .plan import find_plan, spec_of
-from .read import NotRead, Reading, _same
+from .program import NotRead, Reading
 from .record import Neuron
+from .trace import same
 
 #: steps, and how far two results may be apart, relative to 1 and to the size of theirs
 _STEPS, _FAR = 3, 1e-3
@@ -43,7 +44,7 @@ def verify(
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast("cpu", enabled=False),
-        saved_tensors_hooks(_same, _same),  # not those of the caller, which may count
+        saved_tensors_hooks(same, same),  # not those of the caller, which may count
     ):
         try:
             pairs = [

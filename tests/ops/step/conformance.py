@@ -23,7 +23,7 @@ from sj_taid._internal.compat import FUNCTIONAL_STATES
 from sj_taid.ops import bits
 from sj_taid.ops.step import reference
 from sj_taid.ops.step.plan import Spec, spec_of
-from sj_taid.ops.step.read import Reading
+from sj_taid.ops.step.program import Reading
 from sj_taid.ops.surrogate import MultiLevelSpikeCount, Rect, is_integer, levels_of
 from tests.helpers import HALF, Case, Leaves, differences, results, tensors
 from tests.ops.step.norm import read_unchecked

@@ -20,7 +20,7 @@ from sj_taid.ops.step import reference
 from sj_taid.ops.step.autograd import apply_fused
 from sj_taid.ops.step.fused import _ALIF, operands_of
 from sj_taid.ops.step.plan import Engine, find_plan, spec_of
-from sj_taid.ops.step.read import Reading
+from sj_taid.ops.step.program import Reading
 from sj_taid.ops.step.record import Neuron, Notes
 
 

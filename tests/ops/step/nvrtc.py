@@ -27,7 +27,7 @@ from sj_taid._internal import compat
 from sj_taid.ops.step import kernels
 from sj_taid.ops.step.kernels import NEED_NORM, NEED_TOTAL, NEED_X
 from sj_taid.ops.step.plan import spec_of
-from sj_taid.ops.step.read import Reading
+from sj_taid.ops.step.program import Reading
 from sj_taid.ops.step.record import Neuron, Notes
 from tests.helpers import Case
 from tests.ops.step.conformance import COUNTS, make_reading, pairwise

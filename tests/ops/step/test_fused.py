@@ -11,7 +11,7 @@ from spikingjelly.activation_based import surrogate
 from sj_taid.ops import bits
 from sj_taid.ops.step import fused as function_of_alif
 from sj_taid.ops.step import reference
-from sj_taid.ops.step.read import NotRead
+from sj_taid.ops.step.program import NotRead
 from sj_taid.ops.surrogate import MultiLevelSpikeCount
 from tests.helpers import (
     TOLERANCE,

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from sj_taid.ops.step import kernels, reference
-from sj_taid.ops.step.read import MOST_TOTALS
+from sj_taid.ops.step.program import MOST_TOTALS
 from tests.helpers import assert_spikes_at_their_edges
 from tests.ops.step.conformance import (
     COUNT_OPTIONS,

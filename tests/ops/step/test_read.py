@@ -19,7 +19,8 @@ pytest.importorskip("numba", reason="needs numba: pip install numba")
 from sj_taid import accelerate
 from sj_taid._internal import compat
 from sj_taid.ops.step import cpu
-from sj_taid.ops.step.read import NotRead, read
+from sj_taid.ops.step.program import NotRead
+from sj_taid.ops.step.read import read
 from sj_taid.ops.step.readings import NAMES, read_neuron
 from sj_taid.ops.step.verify import _run
 from tests.nets import own_neurons

@@ -35,7 +35,7 @@ from numba import carray, cfunc, from_dtype, types
 from numba.core import cgutils
 from numba.extending import intrinsic, register_jitable
 
-from ..read import MOST_OPERANDS, MOST_STATES, MOST_TOTALS
+from ..program import MOST_OPERANDS, MOST_STATES, MOST_TOTALS
 
 #: floats per cache line
 LINE = 16

@@ -22,7 +22,7 @@ from numba.core.caching import _CacheLocator
 from numba.extending import register_jitable
 
 from .. import text
-from ..read import Program
+from ..program import Program
 from .loops import PITCH, ROW_SIGNATURE
 
 _smooth = register_jitable(error_model="numpy", fastmath={"contract"})

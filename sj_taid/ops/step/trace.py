@@ -1,0 +1,257 @@
+"""Torch runs a step and its gradient on tensors without values; every operation is noted."""
+
+from __future__ import annotations
+
+import random
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from ..._internal import graph
+from .program import MOST_STATES, NotRead
+
+#: ``step(x, states, parameters)`` gives the output and the next states
+Step = Callable[[Tensor, Sequence[Any], Sequence[Tensor]], tuple[Tensor, Sequence[Any]]]
+
+#: one reading at a time: torch's modes and random states belong to the process, not to a thread
+ONE_READING = threading.RLock()
+
+#: operations that make numbers of nothing that is traced
+NEW = ("arange", "lift_fresh", "lift_fresh_copy")
+
+
+def trace_step(
+    step: Step, states: int, parameters: Sequence[Tensor], shape: Sequence[int]
+) -> tuple[dict[str, Tensor], list[Call], list[Any]]:
+    """What a step was given, by name, all operations of it and its gradient, and their results.
+
+    Names are ``x``, ``s0`` (states), ``w0`` (parameters), ``g`` and ``g0`` (gradients of the output
+    and the next states). Results are the output, the next states, and the gradients of what was
+    given; ``None`` for what has none.
+    """
+    if states > MOST_STATES:
+        raise NotRead(f"has more than {MOST_STATES} states")
+    with (
+        ONE_READING,
+        torch.inference_mode(False),
+        torch.autocast("cpu", enabled=False),
+        torch.random.fork_rng(devices=()),
+        saved_tensors_hooks(same, same),  # not those of the caller
+        torch.jit.optimized_execution(False),  # scripted functions, which change as they run
+    ):
+        # Until no mask chooses one neuron alone, which torch treats otherwise.
+        for seed in range(16):
+            torch.default_generator.manual_seed(seed)
+            inputs = [_example(shape) for _ in range(1 + states)]
+            inputs += [_example(p.shape, p.dtype) for p in parameters]
+            upstream = [_example(shape).detach() for _ in range(1 + states)]
+            drawn = _random_states()
+            calls, ends = _trace(step, states, inputs, upstream)
+            if _random_states() != drawn:
+                raise NotRead("draws random numbers")
+            if not any(call.name == "index" and call.result.numel() == 1 for call in calls):
+                break
+    names = ["x", *(f"s{k}" for k in range(states)), *(f"w{k}" for k in range(len(parameters)))]
+    names += ["g", *(f"g{k}" for k in range(states))]
+    return dict(zip(names, (*inputs, *upstream), strict=True)), calls, ends
+
+
+def _random_states() -> tuple[Any, ...]:
+    """The states of Python's and numpy's random numbers; torch's are seen by its operations."""
+    state: Any = np.random.get_state(legacy=False)  # noqa: NPY002
+    return random.getstate(), repr(state["state"])
+
+
+def same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+class Opaque(Tensor):
+    """A small tensor whose values nobody can ask for, so that nothing can depend on them."""
+
+    values: Any
+    __torch_function__: Any = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def of(values: Tensor, requires_grad: bool = False) -> Opaque:
+        about: Any = {"strides": values.stride(), "dtype": values.dtype, "device": values.device}
+        made = Tensor._make_wrapper_subclass(
+            Opaque, values.shape, requires_grad=requires_grad, **about
+        )
+        made.values = values
+        return made
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            raise NotRead("asks for a value of a tensor: torch.where takes the place of if")
+        args_, kwargs_ = tree_map_only(Opaque, lambda t: t.values, (args, kwargs or {}))
+        result = func(*args_, **kwargs_)
+        if args and isinstance(args[0], Opaque) and result is args[0].values:
+            return args[0]  # changed in place
+        return tree_map_only(Tensor, Opaque.of, result)
+
+
+def _example(shape: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Random values; of half precision, which a plan is given as float32, in float32."""
+    is_float = dtype.is_floating_point
+    dtype = torch.float32 if is_float and dtype.itemsize < 4 else dtype
+    return Opaque.of(torch.rand(shape, device="cpu").to(dtype), requires_grad=is_float)
+
+
+class Call(NamedTuple):
+    """An operation of torch."""
+
+    function: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    result: Any
+    number: Any = None  #: of an operation that makes one, as it was then
+
+    @property
+    def name(self) -> str:
+        return self.function._schema.name.split("::")[1]
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes every operation of torch, those of a backward too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+        self.error: NotRead | None = None  # which the step may have caught
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        try:
+            result = func(*args, **(kwargs or {}))
+        except NotRead as error:
+            self.error = error
+            raise
+        call, number = Call(func, args, kwargs or {}, result), None
+        if call.name in NEW and type(result) is Tensor and result.numel() == 1:
+            number = result.item()
+        self.calls.append(call._replace(number=number))
+        return result
+
+
+class _Size(torch.SymInt):
+    """A size of the input: torch's functions take it, nothing else can be done with it."""
+
+    def __init__(self, size: int, note: Callable[[str], NotRead]) -> None:
+        self.node: Any = None
+        self.size, self.note = size, note
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, _Size) and other.size == self.size:  # of one axis: all sizes differ
+            return True
+        return self._compute()
+
+    def _compute(self, *args: Any) -> Any:
+        raise self.note(
+            "computes or decides something by a size of its input: a layer before it may"
+        )
+
+    __hash__ = __bool__ = __int__ = __index__ = __float__ = __repr__ = _compute
+    __lt__ = __le__ = __gt__ = __ge__ = __ne__ = _compute
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _compute
+    __truediv__ = __rtruediv__ = __floordiv__ = __mod__ = __neg__ = _compute
+
+
+#: what gives sizes of a tensor, and what takes them
+_SIZES = frozenset(["shape", "size", "numel", "nelement", "__len__"])
+_TAKES_SIZES = frozenset(
+    (
+        *("view", "reshape", "expand", "broadcast_to", "zeros", "ones", "empty", "full"),
+        *("new_zeros", "new_ones", "new_empty", "new_full", "empty_strided"),
+    )
+)
+#: what a call's tensors may answer otherwise, and the questions that all of them answer alike
+_ASKED = frozenset(["grad_fn", "grad", "storage", "untyped_storage"])
+_ALIKE = frozenset(["is_floating_point", "is_complex", "is_signed", "is_cuda", "is_cpu"])
+
+
+class _Asked(TorchFunctionMode):
+    """Sees what Python asks of tensors: sizes become :class:`_Size`."""
+
+    def __init__(self, recorder: _Recorder, channels: tuple[int, ...]) -> None:
+        super().__init__()
+        self.recorder, self.known = recorder, (1, *channels)  # a reading is for as many channels
+
+    def _note(self, text: str) -> NotRead:
+        self.recorder.error = NotRead(text)
+        return self.recorder.error
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = (func.__self__ if func.__name__ == "__get__" else func).__name__
+        kwargs = kwargs or {}
+        sizes = [a for a in (*args, *kwargs.values()) if isinstance(a, _Size)]
+        given = tree_map_only(_Size, lambda size: size.size, (args, kwargs))
+        if name not in _TAKES_SIZES or (sizes and name in ("full", "new_full")):
+            tree_map_only(_Size, _Size._compute, (args, kwargs))
+        result = func(*given[0], **given[1])
+        is_asked = name in _ASKED or (isinstance(result, bool) and name not in _ALIKE)
+        # SpikingJelly's surrogates ask whether to save for backward.
+        if is_asked and not _calls_from_spikingjelly():
+            raise self._note(f"asks for {name!r}, which may be another at the next call")
+        if name in ("dim", "ndim", "ndimension"):
+            return result
+        known = self.known if name in _SIZES else ()
+        if isinstance(result, tuple) and name in (*_SIZES, "stride"):
+            return tuple(n if n in known else _Size(n, self._note) for n in result)
+        if type(result) is int:
+            return result if result in known else _Size(result, self._note)
+        return result
+
+
+def _calls_from_spikingjelly() -> bool:
+    """Whether code of SpikingJelly's called the function that calls this."""
+    home = sys._getframe(2).f_globals.get("__name__", "")
+    return home.partition(".")[0] == "spikingjelly"
+
+
+def _trace(step: Step, states: int, inputs: Any, upstream: Any) -> tuple[list[Call], list[Any]]:
+    """All operations of a step and of its gradient, and their results, or :class:`NotRead`."""
+    x, recorder = inputs[0], _Recorder()
+    per_channel = any(p.numel() != 1 for p in inputs[1 + states :])
+    asked = _Asked(recorder, x.shape[1:2] if per_channel else ())
+    try:
+        with recorder, torch.enable_grad():
+            with asked:
+                output, after = step(x, inputs[1 : 1 + states], inputs[1 + states :])
+            ends = [output, *after]
+            for end in ends:
+                if not isinstance(end, Tensor) or end.shape != x.shape or end.dtype != x.dtype:
+                    raise NotRead("has an output or state of another shape or dtype than its input")
+            pairs = [(end, g) for end, g in zip(ends, upstream, strict=True) if end.requires_grad]
+            grads: Any = [None] * len(inputs)
+            if pairs:
+                roots, gs = zip(*pairs, strict=True)
+                learned = [i for i in inputs if i.requires_grad]
+                with asked:
+                    found = iter(graph.gradients(roots, learned, gs))
+                grads = [next(found) if i.requires_grad else None for i in inputs]
+    except NotRead:
+        raise
+    except Exception as error:
+        if recorder.error is not None:
+            raise recorder.error from error
+        text = str(error).strip().partition("\n")[0]
+        if "in-place operation" in text:  # of a leaf
+            raise NotRead(
+                "changes in place what it is given: write h = h + x for h += x"
+            ) from error
+        raise NotRead(f"could not be traced: {type(error).__name__}: {text}"[:200]) from error
+    if recorder.error is not None:
+        raise recorder.error
+    return recorder.calls, [*ends, *grads]
