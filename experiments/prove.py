@@ -70,8 +70,7 @@ SIZES = {
 CONFORMANCE = {
     "cuda": "-m gpu tests/ops/step/test_gpu.py "
     "-k 'test_conforms and -{0}- or (test_at_the_threshold or test_other_neurons) and torch.{0}'",
-    "cpu": "tests/ops/step/test_cpu.py tests/ops/step/test_norm.py "
-    "-k 'test_conforms and -{}-'",
+    "cpu": "tests/ops/step/test_cpu.py tests/ops/step/test_norm.py -k 'test_conforms and -{}-'",
 }
 
 OUTCOMES = PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
 from math import copysign
 from operator import attrgetter
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +23,7 @@ from .ops import backends
 from .ops.bits import is_dense
 from .ops.step import compiled
 from .ops.step.autograd import apply_fused
+from .ops.step.code import is_definition
 from .ops.step.plan import Plan, Plans, Spec, arranged, find_plan, spec_of
 from .ops.step.program import Reading
 from .ops.step.readings import BY_IDENTITY, NAMES, has, plain_value, read_neuron
@@ -42,7 +45,7 @@ class View(NamedTuple):
     functions: tuple[str, ...]  #: of its class, none of which may be replaced in it alone
     #: the modules within, which must have no hooks, what gives their attributes, their functions
     modules: tuple[tuple[str, Any, tuple[str, ...]], ...]
-    outside: tuple[Any, ...]  #: what has numbers that its code names, and what gives them
+    outside: tuple[Any, ...]  #: what has what its code names, and what gives it: .code.check_code
     tensor_names: tuple[str, ...]
     #: gives parameters, buffers and such, if there are any
     tensors: Callable[[Any], tuple[Any, ...]] | None
@@ -369,6 +372,8 @@ class InGraphs(NamedTuple):
     numbers: tuple[tuple[tuple[str, ...], Any], ...]  #: attributes, and their values then
     #: its own name "" and modules within; their classes; functions, and what these were then
     modules: tuple[tuple[str, type, tuple[tuple[str, Any], ...]], ...]
+    #: modules of Python and classes, names in them, and the functions or classes of these names
+    outside: tuple[tuple[Any, str, Any], ...]
     tensors: tuple[tuple[str, torch.Size], ...]  #: and their shapes
     channels: int  #: of the tensors of several values; 0 without
 
@@ -383,8 +388,9 @@ def note_for_graphs(node: Any, readings: dict[int, Reading]) -> None:
     """Note what a neuron's readings, by their numbers of axes, depend on."""
     plans = Plans()
     view = _look(node, plans)
-    if view.outside:
-        return  # numbers that torch.compile may not see
+    outside = tuple(map(_definition_of, view.outside))
+    if None in outside:
+        return  # which torch.compile may not see
     keys = {axes: compiled.key_of(reading) for axes, reading in readings.items()}
     numbers = tuple((tuple(n.split(".")), attrgetter(n)(node)) for n in view.names)
     called: list[Any] = [("", node._taid_kind, {*view.functions, *_SEQUENCES})]
@@ -396,7 +402,19 @@ def note_for_graphs(node: Any, readings: dict[int, Reading]) -> None:
     tensors = tuple((name, getattr(node, name).shape) for name in view.tensor_names)
     channels = max((shape.numel() for _, shape in tensors if shape.numel() != 1), default=0)
     if all(type(value) in (*_NUMBERS, tuple) for _, value in numbers):
-        node.__dict__["_taid_in_graphs"] = InGraphs(keys, numbers, modules, tensors, channels)
+        about: Any = outside, tensors, channels
+        node.__dict__["_taid_in_graphs"] = InGraphs(keys, numbers, modules, *about)
+
+
+def _definition_of(outside: Any) -> tuple[Any, str, Any] | None:
+    """A module or class, a name in it and what it stands for; ``None`` of a number or a cell."""
+    home, get = outside
+    value, (_, (name,)) = get(home), get.__reduce__()
+    if isinstance(home, dict):  # the globals of a function
+        module: Any = sys.modules.get(home.get("__name__", ""))
+        home = module if module is not None and vars(module) is home else None
+    is_home = isinstance(home, type | ModuleType)
+    return (home, name, value) if is_home and is_definition(value) else None
 
 
 def run_in_graph(
@@ -435,6 +453,9 @@ def _is_as_noted(node: Any, known: InGraphs) -> bool:
         for name in path:
             value = getattr(value, name)
         if value != wanted or type(value) is not type(wanted):
+            return False
+    for home, name, wanted in known.outside:
+        if getattr(home, name) is not wanted:
             return False
     for name, kind, functions in known.modules:
         module = getattr(node, name) if name else node

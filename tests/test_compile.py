@@ -113,6 +113,10 @@ def test_an_accelerated_neuron_is_one_operator(kind):
     assert operators.found == 1
 
 
+def function(x):
+    return x
+
+
 class Scaled(own_neurons.Refractory):
     """One with a parameter."""
 
@@ -121,11 +125,15 @@ class Scaled(own_neurons.Refractory):
         self.scale = nn.Parameter(torch.rand(5))
 
     def step(self, x, *states):
-        return super().step(x if self.scale is None else x * self.scale, *states)
+        return super().step(function(x if self.scale is None else x * self.scale), *states)
 
 
 def slower(self, x, *states):
     return Scaled.step(self, 0.25 * x, *states)
+
+
+def by_parent(self, x, *states, step=own_neurons.Refractory.step):
+    return step(self, 0.25 * x, *states)
 
 
 #: what may change of a neuron, whose class is ``kind``, after a graph of it was compiled
@@ -140,6 +148,8 @@ CHANGES = {
     "a state's dtype": lambda node, kind: setattr(node, "v", torch.full((3, 5), 0.3).double()),
     "an own function": lambda node, kind: setattr(node, "step", MethodType(slower, node)),
     "its class's function": lambda node, kind: setattr(kind, "step", slower),
+    "its parent's function": lambda node, kind: setattr(own_neurons.Refractory, "step", by_parent),
+    "a function of the module": lambda node, kind: globals().update(function=torch.tanh),
     "the surrogate's": lambda node, kind: setattr(
         type(node.surrogate_function),
         "forward",
@@ -151,7 +161,9 @@ CHANGES = {
 @needs_2
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.filterwarnings("ignore:.*is not fused")
-def test_whatever_changes_a_graph_computes_what_the_step_does(change):
+def test_whatever_changes_a_graph_computes_what_the_step_does(change, monkeypatch):
+    monkeypatch.setattr(own_neurons.Refractory, "step", own_neurons.Refractory.step)
+    monkeypatch.setitem(globals(), "function", function)
     kind, sigmoid = type("Own", (Scaled,), {}), type("Own", (surrogate.Sigmoid,), {})
     plain, x = kind(sigmoid()), torch.randn(4, 3, 5)
     fast, operators, found = copy.deepcopy(plain), Operators(), []

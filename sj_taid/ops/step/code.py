@@ -60,8 +60,15 @@ def is_fixed(value: Any, owner: Any = None) -> bool:
     return isinstance(value, _FIXED)
 
 
+def is_definition(value: Any) -> bool:
+    """Whether it is a class or a function."""
+    return isinstance(value, type | FunctionType)
+
+
 def check_code(kind: type, function: Any = None) -> dict[Any, Any]:
-    """What the steps of a class, or a function, read of numbers from outside, and how.
+    """What the steps of a class, or a function, read from outside that may be another, and how.
+
+    Numbers, and functions and classes under a name that may be given to others.
 
     Raises:
         NotRead: they read what may change unseen.
@@ -71,7 +78,7 @@ def check_code(kind: type, function: Any = None) -> dict[Any, Any]:
         walk.value(kind, "function", function, set(), False)
     for name in STARTS if function is None else ():
         walk.method(kind, name)
-    return walk.numbers
+    return walk.outside
 
 
 def names_of(function: Any) -> set[str]:
@@ -84,12 +91,16 @@ class _Walk:
 
     def __init__(self) -> None:
         self.seen: set[Any] = set()
-        self.numbers: dict[Any, Any] = {}  #: (of what, name) -> it, and what gives the number
+        self.outside: dict[Any, Any] = {}  #: (of what, name) -> it, and what gives the value
 
     def method(self, owner: type, name: str, names: Collection[str] = ()) -> None:
         """What a class has under a name, in a function that has these ``names``."""
+        is_overridden = False
         for kind in owner.__mro__:
             value = vars(kind).get(name)
+            if is_overridden and isinstance(value, FunctionType):  # which super() calls
+                self._note(kind, name, attrgetter(name))
+            is_overridden |= value is not None
             if isinstance(value, type | ModuleType) and name[:2] != "__":
                 self.value(owner, name, value, {*names}, False)
             if isinstance(value, classmethod):
@@ -115,17 +126,20 @@ class _Walk:
         for name in names:
             self.method(owner, name, () if is_known else names)
         for name, cell in _cells(function):
-            if is_plain(cell.cell_contents) and not is_known:
-                self.numbers[id(cell), ""] = cell, attrgetter("cell_contents")
-                continue
+            if not is_known and name != "__class__":
+                self._note(cell, "", attrgetter("cell_contents"))
             self.value(owner, name, cell.cell_contents, names, is_known)
         if not is_known:
             space = function.__globals__
             for name in {*_globals_of(function.__code__)} & space.keys():
-                if is_plain(space[name]):
-                    self.numbers[id(space), name] = space, itemgetter(name)
-                    continue
+                self._note(space, name, itemgetter(name))
                 self.value(owner, name, space[name], names, is_known)
+
+    def _note(self, home: Any, name: str, get: Any) -> None:
+        """Note what may be another at the next call: a number, or code that is not known."""
+        value = get(home)
+        if is_plain(value) or (is_definition(value) and not _is_known(_home(value))):
+            self.outside[id(home), name] = home, get
 
     def _check(self, function: FunctionType, names: set[str]) -> None:
         """Refuse what may be another at the next call, and writes, which would be lost."""
@@ -159,6 +173,8 @@ class _Walk:
 
     def value(self, owner: type, name: str, value: Any, names: set[str], is_known: bool) -> None:
         """What a function reads under a name that is none of its own."""
+        if is_plain(value):
+            return
         if isinstance(value, type | ModuleType):
             looked = id(value), frozenset(names)
             if _is_known(_home(value)) or isinstance(value, enum.EnumMeta) or looked in self.seen:
@@ -183,11 +199,11 @@ class _Walk:
         """What is read of a class or of a module of Python."""
         for attribute in names & {*dir(home)}:
             value = getattr(home, attribute, None)
-            if is_plain(value):
-                self.numbers[id(home), attribute] = home, attrgetter(attribute)
-            elif not is_fixed(value):
+            if is_plain(value) or attribute[:2] != "__":
+                self._note(home, attribute, attrgetter(attribute))
+            if not (is_plain(value) or is_fixed(value)):
                 raise NotRead(f"reads {name}.{attribute} from outside, which may change unseen")
-            elif isinstance(value, type | ModuleType) and attribute[:2] != "__":
+            if isinstance(value, type | ModuleType) and attribute[:2] != "__":
                 self.value(object, f"{name}.{attribute}", value, names, False)
             if isinstance(home, ModuleType):
                 self._function(object, value)

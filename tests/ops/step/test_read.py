@@ -521,6 +521,10 @@ def decorated(function):
     return wrapper
 
 
+def defined_again(x):
+    return 2.0
+
+
 def with_gain(x):
     return x * with_gain.gain
 
@@ -542,6 +546,8 @@ WAYS = SEEN | {
     "a decorator": decorated(lambda self, x, v: 1.0),
     "a class of a module": lambda self, x, v: CONSTANTS.Inner.gain,
     "a Function": lambda self, x, v: Gate.apply(x),
+    "a function": lambda self, x, v: defined_again(x),
+    "a function of a module": lambda self, x, v: CONSTANTS.defined_again(x),
     "a Function of the class": lambda self, x, v: self.gate.apply(x),
     "an attribute of a function": lambda self, x, v: with_gain(x),
     "getattr": lambda self, x, v: getattr(Config, "gain"),  # noqa: B009
@@ -560,6 +566,8 @@ def change_all():
         for home in (Reader, Gate, Config, with_gain):
             home.gain = value
         LIST[0] = globals()["NUMBER"] = value
+        for home in (globals(), vars(CONSTANTS)):
+            home["defined_again"] = lambda x, value=value: value
 
     change(2.0)
     yield change
