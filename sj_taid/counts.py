@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .ops.bits import LARGEST_COUNT
+#: the largest count that is taken apart
+_MOST = 15
 
 
 class Counts(NamedTuple):
@@ -51,16 +52,16 @@ def split_counts(x: Tensor) -> Counts:
         return Counts(x, 1)
     wide = x if x.itemsize > 2 else x.float()
     least = float(wide[wide > 0].min())
-    of_least = range(1, int((LARGEST_COUNT + 0.5) * least / most) + 1)
+    of_least = range(1, int((_MOST + 0.5) * least / most) + 1)
     factors = [least / count for count in of_least]
     if x.itemsize <= 2:  # near a multiple of each other as any few numbers are
-        factors = [least, *(1 / n for n in range(2, LARGEST_COUNT + 2))]
+        factors = [least, *(1 / n for n in range(2, _MOST + 2))]
     # Each was rounded twice at most, and but once where few bits are left.
     bound = torch.finfo(x.dtype).eps * (2 if x.itemsize > 2 else 1)
     for factor in (1.0, *(factors if x.numel() > 1 else ())):
         values = (wide / factor).round()
         equal = (values * factor - wide).abs() <= bound * wide
-        if values.max() <= LARGEST_COUNT and equal.all() and _is_sure(x, values, factor):
+        if values.max() <= _MOST and equal.all() and _is_sure(x, values, factor):
             return Counts(values.to(x.dtype), int(values.max()), factor)
     return Counts(x)
 

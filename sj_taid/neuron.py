@@ -82,7 +82,7 @@ class ALIFNode(FusedNeuron, compat.BaseNode):
         learn_tau: whether ``w`` receives a gradient.
         learn_threshold: whether ``v_threshold`` receives a gradient.
         min_v_threshold: lower bound of the threshold used; ``None`` leaves it free (the paper).
-        levels: the most that a step gives, up to 15. With D > 1 the neuron gives counts
+        levels: the most that a step gives, up to 14. With D > 1 the neuron gives counts
             :math:`S = \mathrm{round}(\mathrm{clamp}(H / V_{th}, 0, D))`, half to even, with the
             gradient :math:`1 / V_{th}` where :math:`0 \le H / V_{th} \le D`, and needs
             ``v_reset=None``. For another window give ``surrogate_function=

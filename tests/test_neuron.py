@@ -237,7 +237,7 @@ COUNTS = {"levels": 4, "v_reset": None}
         ({"v_reset": -math.inf}, "v_reset must be a finite number or None, but it is -inf"),
         ({"init_tau": None}, r"without state .* gives counts alone: take levels"),
         ({"normalize": True}, "normalize=True divides counts: take levels="),
-        (COUNTS | {"levels": 16}, "counts to 15 at most, which four bits hold, not to 16"),
+        (COUNTS | {"levels": 16}, "counts to 14 at most, which four bits hold, not to 16"),
         (COUNTS | {"v_reset": 0.0}, "soft reset.*but v_reset=0.0.*take v_reset=None"),
         (COUNTS | {"surrogate_function": surrogate.ATan()}, "leave one of the two out"),
         (COUNTS | {"v_threshold": 0.0}, "v_threshold must be more than 0, but it is 0.0"),

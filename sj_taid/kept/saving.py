@@ -25,7 +25,8 @@ class Recipe:
 
     Attributes:
         make: makes them of what is ``saved``.
-        peak: an upper bound of the values if all are whole numbers >= 0, else ``None``.
+        peak: an upper bound of the values if all are whole numbers >= 0, or NaN where it is more
+            than 1; else ``None``.
         cost: passes over the values to make them.
         reference: a tensor of the net among ``saved``, and its version: if it is written to
             before backward, these values cannot be made again.
@@ -58,7 +59,7 @@ def _make_view(make: Callable[..., Tensor], view: Any, *saved: Tensor) -> Tensor
 
 
 class PackedRecipe(Recipe):
-    """Whole numbers up to 15: spikes, saved as bits, and counts, saved as four bits."""
+    """Whole numbers up to 14: spikes, saved as bits, and counts, saved as four bits."""
 
     peak: int
 

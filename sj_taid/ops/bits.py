@@ -4,24 +4,26 @@ Spikes are uint8 ``[ceil(T / 8), neurons]``: bit ``k`` of byte ``w`` is the neur
 step ``8 w + k``. The neurons are in memory order, so any dense layout with time outermost
 (contiguous, channels-last) has the same bits.
 
-Counts up to 15 are uint8 ``[ceil(values / 2)]``: two neighbours in memory a byte, the first in its
-lower half. Not along time, which may be one step. A NaN comes back as some count.
+Counts up to 14 are uint8 ``[ceil(values / 2)]``: two neighbours in memory a byte, the first in its
+lower half; 15 is NaN. Not along time, which may be one step.
 """
 
 import torch
 from torch import Tensor
 
 STEPS_PER_BYTE = 8
-#: the largest count that four bits hold
-LARGEST_COUNT = 15
+#: the largest count that four bits hold, and what stands for NaN
+LARGEST_COUNT, NAN = 14, 15
 
 
 def pack(values: Tensor, most: int = 1) -> Tensor:
-    """Whole numbers up to ``most``, 15 at most, of a dense ``[T, *]``, time outermost in memory.
+    """Whole numbers up to ``most``, 14 at most, of a dense ``[T, *]``, time outermost in memory.
+
+    With a ``most`` of 1 none is NaN.
 
     >>> pack(torch.tensor([[1.0, 0.0], [0.0, 0.0], [1.0, 1.0]]))
     tensor([[5, 4]], dtype=torch.uint8)
-    >>> pack(torch.tensor([[1.0, 2.0, 15.0]]), most=15)
+    >>> pack(torch.tensor([[1.0, 2.0, torch.nan]]), most=14)
     tensor([33, 15], dtype=torch.uint8)
     """
     steps, neurons = size_of(values, most)
@@ -31,7 +33,7 @@ def pack(values: Tensor, most: int = 1) -> Tensor:
         for t, fired in enumerate(rows.ne(0).byte()):
             packed[t // STEPS_PER_BYTE] |= fired << t % STEPS_PER_BYTE
     else:
-        halves = rows[0].byte() & LARGEST_COUNT
+        halves = rows[0].nan_to_num(NAN).byte()
         packed = halves[::2].clone()
         packed[: neurons // 2] |= halves[1::2] << 4
     return packed
@@ -44,7 +46,7 @@ def unpack_into(packed: Tensor, values: Tensor) -> None:
     >>> unpack_into(torch.tensor([[5, 4]], dtype=torch.uint8), spikes)
     >>> unpack_into(torch.tensor([33, 15], dtype=torch.uint8), counts)
     >>> spikes.tolist(), counts.tolist()
-    ([[1.0, 0.0], [0.0, 0.0], [1.0, 1.0]], [1.0, 2.0, 15.0])
+    ([[1.0, 0.0], [0.0, 0.0], [1.0, 1.0]], [1.0, 2.0, nan])
     """
     steps, neurons = size_of_packed(packed, values)
     rows = values.as_strided((steps, neurons), (neurons, 1))
@@ -53,8 +55,9 @@ def unpack_into(packed: Tensor, values: Tensor) -> None:
         for byte, part in zip(packed, rows.split(STEPS_PER_BYTE), strict=False):
             torch.ne(byte & masks[: len(part), None], 0, out=part)
     else:
-        rows[0, ::2] = packed & LARGEST_COUNT
+        rows[0, ::2] = packed & NAN
         rows[0, 1::2] = packed[: neurons // 2] >> 4
+        rows[0].masked_fill_(rows[0] == NAN, torch.nan)
 
 
 def size_of(values: Tensor, most: int) -> tuple[int, int]:

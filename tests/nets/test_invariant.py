@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 import sj_taid
 from sj_taid.kept.kept import HANDLERS, leave
 from sj_taid.ops.surrogate import MultiLevelSpikeCount
+from tests.nets import own_neurons
 from tests.nets.alike import accelerated
 from tests.nets.invariant import asked_after_each_function
 
@@ -345,3 +346,41 @@ def test_autocast_casts_what_it_casts_of_plain_tensors(kind):
     with torch.autocast("cpu", torch.bfloat16):
         for call in (call for calls in CAST.values() for call in calls):
             torch.testing.assert_close(call(s) + 0, call(leave(s)), rtol=0, atol=0)
+
+
+# ---- counts of what is no number ----
+
+
+class Rounded(own_neurons.Own):
+    """Its output is a count up to ``most``, or NaN."""
+
+    most = 1
+
+    def step(self, x, v):
+        v = v * 0.5 + x
+        count = Round.apply(v.clamp(0, self.most))
+        return count, v - count
+
+
+class Round(torch.autograd.Function):
+    forward = staticmethod(lambda ctx, x: x.round())
+    backward = staticmethod(lambda ctx, grad: grad)
+
+
+@pytest.mark.parametrize("most", [1, 4, 14])
+@pytest.mark.parametrize("kind", ["ALIF", "own"])
+def test_counts_are_made_again_with_nan(kind, most):
+    if kind == "own":
+        node = type("Own", (Rounded,), {"most": most})()
+    else:
+        fires = MultiLevelSpikeCount(most)
+        node = sj_taid.ALIFNode(surrogate_function=fires, v_reset=None, **OPTIONS)
+    x = most * draw_x()
+    x.view(-1)[::7] = torch.nan
+    with asked_after_each_function():
+        s = accelerated(node)(x.requires_grad_())
+        assert s.isnan().any() and s.recipe() is not None
+        for call in (torch.stack, torch.cat):
+            call([s, s])
+        made = [s + s, s * s, 2.0 * s, 1 - s, s.half(), F.max_pool2d(s.flatten(0, 1), 2)]
+        assert [*map(torch.sum, made)]

@@ -630,7 +630,7 @@ struct Packing {
 // neuron's spikes of 8 steps, the first its lowest bit, or the counts of two neighbours.
 template <class scalar_t, int VEC, bool COUNTS>
 struct Share {
-  static constexpr int ROWS = COUNTS ? 2 : 8, MOST = COUNTS ? 15 : 1;
+  static constexpr int ROWS = COUNTS ? 2 : 8, MOST = COUNTS ? 15 : 1;  // a count of 15 is NaN
   scalar_t* values;
   unsigned char* bytes;
   index_t apart, rows;
@@ -663,7 +663,7 @@ __global__ void __launch_bounds__(BLOCK) pack(const Packing<scalar_t> c) {
 #pragma unroll
     for (int i = 0; i < VEC; ++i) {
       const float value = k < own.rows ? to_float(values[k].lane[i]) : 0.0f;
-      const int digit = COUNTS ? (int)value & 15 : value != 0.0f;
+      const int digit = COUNTS ? (value != value ? 15 : (int)value & 15) : value != 0.0f;
       bytes.lane[own.byte(k, i)] |= digit << own.shift(k, i);
     }
   }
@@ -681,8 +681,10 @@ __global__ void __launch_bounds__(BLOCK) unpack(const Packing<scalar_t> c) {
   for (int k = 0; k < own.ROWS; ++k) {
     float values[VEC];
 #pragma unroll
-    for (int i = 0; i < VEC; ++i)
-      values[i] = bytes.lane[own.byte(k, i)] >> own.shift(k, i) & own.MOST;
+    for (int i = 0; i < VEC; ++i) {
+      const int digit = bytes.lane[own.byte(k, i)] >> own.shift(k, i) & own.MOST;
+      values[i] = digit == 15 ? 0.0f / 0.0f : digit;
+    }
     if (k < own.rows) store(values, own.values + k * own.apart);
   }
 }

@@ -110,7 +110,8 @@ class Reading(NamedTuple):
     parameters: int
     operand_channels: tuple[bool, ...]  #: whether each operand is one per channel, not one number
     total_channels: tuple[bool, ...]
-    #: the least and the most that the output can be, if it is a whole number; else ``None``
+    #: the least and the most that the output can be, if it is a whole number or, where these are
+    #: more than 1 apart, NaN; else ``None``
     least: int | None
     most: int | None
     exact: bool  #: whether its outputs are torch's to the bit

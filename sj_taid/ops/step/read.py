@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from operator import or_
+from operator import add, mul, or_
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from ..bits import LARGEST_COUNT
 from .program import (
     MOST_CONSTANTS,
     MOST_OPERANDS,
@@ -194,7 +195,7 @@ class _Reader:
         self.shapes = shape, (1, *shape)  # of a step, and of a sequence of one
         self.values: dict[int, Any] = {}
         self.lines: list[tuple[str, tuple[str, ...]]] = []
-        self.ranges: dict[str, tuple[float, float, bool]] = {}
+        self.ranges: dict[str, _Range] = {}
         self.constants: list[float] = []
         self.operands: list[_Value] = []
         self.totals: list[tuple[_Value, str]] = []
@@ -493,11 +494,11 @@ class _Reader:
         op = _SAME_AS.get(op, op)
         self.lines.append((op, args))
         name = f"t{len(self.lines) - 1}"
-        found = _range_of(op, [self._range(a) for a in args])
-        if op == "sub" and args[0] == args[1]:  # as surrogates write 0, or NaN
-            found = 0.0, 0.0, True
-        if op == "mul" and (0.0, 0.0, True) in map(self._range, args):
-            found = 0.0, 0.0, True
+        ranges = [self._range(a) for a in args]
+        found = _range_of(op, ranges)
+        is_zero = op == "sub" and args[0] == args[1]  # as surrogates write 0, or NaN
+        if is_zero or (op == "mul" and any(r is not None and not any(r[:2]) for r in ranges)):
+            found = _Range(0.0, 0.0, True, any(r is None or r.has_nan for r in ranges))
         if found is not None:
             self.ranges[name] = found
         return name
@@ -555,21 +556,22 @@ class _Reader:
 
     # -- whole numbers
 
-    def _range(self, name: str) -> tuple[float, float, bool] | None:
+    def _range(self, name: str) -> _Range | None:
         if name[0] == "c":
             number = self.constants[int(name[1:])]
-            return (number, number, number.is_integer()) if math.isfinite(number) else None
+            is_finite = math.isfinite(number)
+            return _Range(number, number, number.is_integer()) if is_finite else None
         if name in ("0", "1"):
-            return float(name), float(name), True
+            return _Range(float(name), float(name), True)
         return self.ranges.get(name)
 
     def reading(self, outputs: list[str], grads: list[str], of_parameters: list[Any]) -> Reading:
         """All of it, with what belongs to parameters as functions of torch."""
         sums = tuple(name for _, name in self.totals)
         program = Program(tuple(self.lines), tuple(outputs), tuple(grads), sums)
-        low, high, is_whole = self._range(outputs[0]) or (0.0, 0.0, False)
-        high += low < 0 and high - low == 1  # one bit has no sign
-        known = is_whole and 0 < high - low <= 15
+        low, high, is_whole, has_nan = self._range(outputs[0]) or _Range(0.0, 0.0, False)
+        high += high - low == 1 and (low < 0 or has_nan)  # one bit has no sign, and no NaN
+        known = is_whole and 0 < high - low <= LARGEST_COUNT
         least, most = (int(low), int(high)) if known else (None, None)
         exact = not any(program.lines[i][0] in _ROUNDED for i in program.needed(outputs))
         per_channel: Any = [
@@ -610,36 +612,45 @@ def _tensors_of(call: Call) -> list[Tensor]:
     return found
 
 
-def _range_of(op: str, ranges: list[Any]) -> tuple[float, float, bool] | None:
-    """The least and the most that an operation gives, and whether all between are whole numbers."""
+class _Range(NamedTuple):
+    """The least and the most that values are."""
+
+    low: float
+    high: float
+    is_whole: bool  #: whether all of them are whole numbers
+    has_nan: bool = False  #: whether some may be NaN besides
+
+
+def _range_of(op: str, ranges: list[Any]) -> _Range | None:
+    """The range of what an operation gives, if that is known."""
     if op == "float":
-        return 0.0, 1.0, True
+        return _Range(0.0, 1.0, True)
     if op == "sign":
-        return -1.0, 1.0, True
+        return _Range(-1.0, 1.0, True)
+    if op == "sub":
+        return _range_of("add", [ranges[0], _range_of("neg", ranges[1:])])
     if op == "where":
         ranges = ranges[1:]
     known = [r for r in ranges if r is not None]
     if op in ("at_least", "at_most") and ranges[1] is not None:
-        low, high, whole = ranges[0] or (-math.inf, math.inf, False)
-        bound, _, is_whole = ranges[1]
+        low, high, whole, has_nan = ranges[0] or _Range(-math.inf, math.inf, False, True)
+        bound, _, is_whole, _ = ranges[1]
         pick: Any = max if op == "at_least" else min
-        return pick(low, bound), pick(high, bound), whole and is_whole
+        return _Range(pick(low, bound), pick(high, bound), whole and is_whole, has_nan)
     if len(known) < len(ranges) or not known:
         return None
-    lows, highs, wholes = zip(*known, strict=True)
+    lows, highs, wholes, nans = zip(*known, strict=True)
+    about = all(wholes), any(nans)
     if op == "where":
-        return min(lows), max(highs), all(wholes)
+        return _Range(min(lows), max(highs), *about)
     if op in ("round", "floor", "ceil", "trunc"):
         pick = {"round": round, "floor": math.floor, "ceil": math.ceil, "trunc": math.trunc}[op]
-        is_finite = math.isfinite(highs[0] - lows[0])
-        return (float(pick(lows[0])), float(pick(highs[0])), True) if is_finite else None
+        if not math.isfinite(highs[0] - lows[0]):
+            return None
+        return _Range(float(pick(lows[0])), float(pick(highs[0])), True, nans[0])
     if op == "neg":
-        return -highs[0], -lows[0], wholes[0]
-    if op == "add":
-        return lows[0] + lows[1], highs[0] + highs[1], all(wholes)
-    if op == "sub":
-        return lows[0] - highs[1], highs[0] - lows[1], all(wholes)
-    if op == "mul":
-        products = [a * b for a in (lows[0], highs[0]) for b in (lows[1], highs[1])]
-        return min(products), max(products), all(wholes)
+        return _Range(-highs[0], -lows[0], *about)
+    if combine := {"add": add, "mul": mul}.get(op):
+        ends = [combine(a, b) for a in (lows[0], highs[0]) for b in (lows[1], highs[1])]
+        return _Range(min(ends), max(ends), *about)
     return None

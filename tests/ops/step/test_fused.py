@@ -161,10 +161,12 @@ def test_spikes_at_their_edges(fused, v_reset, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("most", [0, 1, 15])  # 0: of silence, as counts
+@pytest.mark.parametrize("most", [0, 1, 14])  # 0: of silence, as counts
 @pytest.mark.parametrize(("T", "neurons"), [(1, 1), (13, 3), (24, 2080), (8, 0)])
 def test_whole_numbers_are_packed_and_unpacked(fused, T, neurons, most, dtype):
     values = torch.arange(T * neurons).remainder(most + 1).view(T, neurons).to(dtype)
+    if most > 1:
+        values.view(-1)[::5] = torch.nan
     want, engine = bits.pack(values, most), fused.ENGINE
     assert want.shape == bits.packed_shape(most, T, neurons)
     for given in (values, shifted(values)):
@@ -172,7 +174,7 @@ def test_whole_numbers_are_packed_and_unpacked(fused, T, neurons, most, dtype):
         for unpack_into in (engine.unpack_into, bits.unpack_into):
             for back in (torch.full_like(values, 7.0), shifted(torch.full_like(values, 7.0))):
                 unpack_into(want, back)
-                assert torch.equal(back, values)
+                torch.testing.assert_close(back, values, rtol=0, atol=0, equal_nan=True)
 
 
 def test_one_parameter_may_be_per_layer_and_the_other_per_channel(fused):

@@ -35,6 +35,7 @@ from numba import carray, cfunc, from_dtype, types
 from numba.core import cgutils
 from numba.extending import intrinsic, register_jitable
 
+from ...bits import NAN
 from ..program import MOST_OPERANDS, MOST_STATES, MOST_TOTALS
 
 #: floats per cache line
@@ -489,20 +490,30 @@ def _bits_part(a, scratch, part):
 @_inline
 def _pack_count_row(counts, least, halves, n):
     for i in range(n // 2):
-        low, high = np.int32(counts[2 * i] - least), np.int32(counts[2 * i + 1] - least)
-        halves[i] = np.uint8(low & np.int32(15) | high << np.int32(4))
+        low, high = _half(counts[2 * i] - least), _half(counts[2 * i + 1] - least)
+        halves[i] = np.uint8(low | high << np.int32(4))
     if n % 2:
-        halves[n // 2] = np.uint8(np.int32(counts[n - 1] - least) & np.int32(15))
+        halves[n // 2] = np.uint8(_half(counts[n - 1] - least))
+
+
+@_inline
+def _half(count):
+    """The four bits of a count."""
+    return np.int32(NAN) if count != count else np.int32(count) & np.int32(15)
+
+
+@_inline
+def _count(half):
+    return np.float32(np.nan) if half == np.int32(NAN) else np.float32(half)
 
 
 @_inline
 def _unpack_count_row(halves, counts, n):
     for i in range(n // 2):
         both = np.int32(halves[i])
-        counts[2 * i] = np.float32(both & np.int32(15))
-        counts[2 * i + 1] = np.float32(both >> np.int32(4))
+        counts[2 * i], counts[2 * i + 1] = _count(both & np.int32(15)), _count(both >> np.int32(4))
     if n % 2:
-        counts[n - 1] = np.float32(np.int32(halves[n // 2]) & np.int32(15))
+        counts[n - 1] = _count(np.int32(halves[n // 2]) & np.int32(15))
 
 
 forward = _kernel("forward", _forward_part, _nothing)
