@@ -80,18 +80,40 @@ NETS = {
 }
 #: how many norms are fused in each, and how many there are
 NORMS = {
-    "own": (2, 2),
+    "spiking_resnet": (5, 12),
+    "spiking_bottleneck": (9, 17),
     "sew_resnet": (12, 12),
+    "sew_bottleneck": (17, 17),
     "mnist_net": (2, 2),
+    "cifar10_net": (6, 6),
     "spikformer": (7, 9),
+    "maxformer": (7, 20),
+    "maxformer_cifar": (5, 18),
     "qkformer": (18, 22),
     "spike_driven": (7, 11),
+    "ms_resnet": (5, 13),
     "max_resnet": (2, 9),
     "masnn": (0, 5),
+    "att_ms_resnet": (5, 13),
 }
 
 
-@pytest.mark.parametrize("name", NETS)
+#: of each architecture one
+FIRST = (
+    "own",
+    "sew_resnet",
+    "mnist_net",
+    "spikformer",
+    "qkformer",
+    "spike_driven",
+    "max_resnet",
+    "masnn",
+)
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in FIRST else pytest.param(n, marks=pytest.mark.slow) for n in NETS]
+)
 def test_accelerate_trains_alike_and_unaccelerate_gives_the_net_back(name):
     net, x_seq = robust(NETS[name], passes=train)
     plain = copy.deepcopy(net)
