@@ -684,16 +684,16 @@ def test_a_function_that_is_replaced_is_seen(kind, path, function, monkeypatch):
 
 
 OWN_SEQUENCES = [type("Own", (kind,), {}) for kind in (Leaks, neuron.LIFNode)]
-THEIR_SEQUENCES = [neuron.LIFNode] if compat.FUNCTIONAL_STATES else []
 
 
-@pytest.mark.parametrize("kind", OWN_SEQUENCES + THEIR_SEQUENCES)
+@pytest.mark.parametrize("kind", [*OWN_SEQUENCES, neuron.IFNode, neuron.LIFNode])
 @pytest.mark.filterwarnings("ignore:.*is not fused")
 def test_a_sequence_that_is_replaced_is_seen(kind, monkeypatch):
-    nodes, replaced = pair(kind()), {}
+    plain = kind()
+    plain.step_mode = "m"
+    nodes = pair(plain)
     check_equal(*nodes)
-    if kind in OWN_SEQUENCES:
-        replaced["multi_step_forward"] = lambda self, x_seq: x_seq.flip(0) * 2
+    replaced = {"multi_step_forward": lambda self, x_seq: x_seq.flip(0) * 2}
     if compat.FUNCTIONAL_STATES:
         replaced["multi_step_functional_forward"] = lambda self, xs, states, *args: (
             (xs[0].flip(0) * 2,),
