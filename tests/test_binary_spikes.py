@@ -162,11 +162,6 @@ class Own(nn.Module):
         return self.function(x, self)
 
 
-def write(x, net, how):
-    how(net.cache, x)
-    return x @ net.cache.t()
-
-
 WRITTEN = {
     "copied": lambda k, x: k.copy_(x),
     "by rows": lambda k, x: [k[i].copy_(row) for i, row in enumerate(x)],
@@ -180,7 +175,8 @@ WRITTEN = {
 @pytest.mark.parametrize("inference", [False, True])
 def test_buffer_that_an_activation_was_written_into_is_one(how, inference):
     """In each call, since another may have read it before."""
-    net, x = Own(lambda x, net: write(x, net, WRITTEN[how])), counts(6, 6, most=1).float()
+    net = Own(lambda x, net: (WRITTEN[how](net.cache, x), x @ net.cache.t())[1])
+    x = counts(6, 6, most=1).float()
     with binary(net) as report, torch.inference_mode(inference):
         for _ in range(2):
             assert torch.equal(net(x), x @ x.t())
@@ -188,15 +184,10 @@ def test_buffer_that_an_activation_was_written_into_is_one(how, inference):
     assert (row.additions, row.ones) == (2 * (x @ x.t()).sum(), 2 * 2 * x.sum())
 
 
-def lora(x, net):
-    return x @ (net.weight + net.weight[:, :2] @ net.mask[:2])
-
-
 FIXED = {
-    "weight": lambda x, net: x @ net.weight,
     "mask by hand": lambda x, net: x @ (net.weight * torch.tensor([1.0, 0, 1, 1, 0, 0])),
     "drawn into zeros": lambda x, net: x @ torch.zeros(6, 6).to(x).copy_(net.weight),
-    "weights of weights": lora,
+    "weights of weights": lambda x, net: x @ (net.weight + net.weight[:, :2] @ net.mask[:2]),
     "spectral norm": lambda x, net: F.linear(x, net.norm.weight),
     "a view of a cache that weights were written into": lambda x, net: (
         x @ net.cache.copy_(net.weight).t()
@@ -453,6 +444,8 @@ def test_nothing_stays_after_an_error():
     net = nn.Sequential(nn.Linear(4, 4), Call(lambda x: x.no_such_name))
     with pytest.raises(AttributeError), binary(net):
         net(torch.eye(4))
+    with pytest.raises(ValueError, match="samples"), binary(net, samples=1.5):
+        pass
     with binary(net) as report:
         pass
     assert "nothing ran" in str(report)
