@@ -59,6 +59,24 @@ def test_multiples_are_saved_as_whole_numbers(name, make, dtype):
     assert gain == (1 if name in UNKNOWN else most)
 
 
+#: what gives spikes of spikes
+GIVE = {
+    "the complement": lambda s: 1 - s,
+    "a product": lambda s: s * s,
+    "a row": lambda s: torch.cat([s, s], 1),
+    "a pool": lambda s: F.max_pool2d(s, (1, 2)),
+}
+
+
+@pytest.mark.parametrize("give", GIVE.values(), ids=GIVE)
+def test_what_gives_spikes_of_spikes_is_saved_as_bits(give):
+    given = give(spikes_of(torch.float32)[1])
+    leaf = torch.ones(5, given.shape[-1], requires_grad=True)
+    y, saved = record_saved(lambda: F.linear(given, leaf), [leaf])
+    (grad,) = torch.autograd.grad(y.sum(), leaf)
+    assert saved == given.nbytes / 32 and torch.equal(grad[0], given.detach().sum((0, 1, 2)))
+
+
 @pytest.mark.parametrize("autocast", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
