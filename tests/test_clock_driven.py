@@ -128,6 +128,8 @@ def test_nets_take_the_arguments_of_then():
         steps = torch.stack([plain(x), plain(x)])
         assert torch.equal(torch.stack([single(x), single(x)]), steps)
         torch.testing.assert_close(many(x), steps)  # T steps of an image
+    for kind, name in (("spiking_resnet", "spiking_resnet18"), ("spiking_vgg", "spiking_vgg11")):
+        assert hasattr(getattr(model, kind), f"multi_step_{name}")
 
 
 def test_a_name_that_is_gone_raises_pythons_own_error():
