@@ -4,10 +4,9 @@ import os
 import re
 import signal
 import subprocess
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import lightning as L
 import pytest
@@ -40,23 +39,17 @@ def kill(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def write_half(path):
-    path.write_text("{half")
-    kill()
-
-
 def kill_within_checkpoint(trainer):
-    Path.write_bytes = lambda path, content: write_half(path)
+    def write_half(path, content):
+        path.write_text("{half")
+        kill()
+
+    Path.write_bytes = write_half
 
 
 def kill_second_process(trainer):
     if trainer.global_rank == 1:
         kill()
-
-
-def press_ctrl_c(trainer):
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's "&" has it ignored
-    signal.raise_signal(signal.SIGINT)
 
 
 def spoil_loss(trainer):
@@ -70,73 +63,31 @@ def fill_disk(trainer):
     Path(trainer.default_root_dir, "full").write_bytes(bytes(size))
 
 
-def mount(*arguments):
-    if os.geteuid() or subprocess.run(["mount", *arguments], check=False).returncode:
-        pytest.skip("needs root and mount, for a disk of its own")
+class Strike(L.Callback):
+    """Calls a function of this module in a run's third epoch, but not in a run that resumes.
 
-
-def unmount(folder):
-    subprocess.run(["umount", "--lazy", folder], check=False, stderr=subprocess.DEVNULL)
-
-
-@dataclass
-class Fault:
-    """What is done to a run once, in its third epoch.
-
-    Attributes:
-        strike: does it, with the trainer.
-        says: the message of a run that is stopped; none where its process is killed.
-        mend: takes the cause away, in the run's folder.
+    It stands in place of the progress bar, since that is no choice, and so the run stays the same.
     """
 
-    strike: Callable
-    says: str = ""
-    mend: Callable = lambda folder: None
-
-
-RESUME = "Resume with: sj-taid train resume="
-TRUST = f"trust=[{__name__}.Strike]"  # which the run's config names
-FAULTS = {
-    "killed in an epoch": Fault(kill),
-    "killed in writing a checkpoint": Fault(kill_within_checkpoint),
-    "ctrl-c": Fault(press_ctrl_c, f"Stopped. {RESUME}"),
-    "loss": Fault(spoil_loss, "the loss is nan in epoch 3, after step 7: the model has diverged"),
-    "full disk": Fault(
-        fill_disk,
-        rf"(?s)No space left on device: '.*last\.ckpt'.*{RESUME}",
-        mend=lambda folder: (folder / "full").unlink(),
-    ),
-    "second process": Fault(kill_second_process),
-}
-
-
-class Strike(L.Callback):
-    """Strikes a run, and leaves a run alone that resumes."""
-
-    def __init__(self, name):
-        self.fault = FAULTS[name]
+    def __init__(self, fault):
+        self.fault = fault
 
     def on_load_checkpoint(self, *_):
-        self.fault = Fault(lambda trainer: None)
+        self.fault = None
 
     def on_train_batch_start(self, trainer, task, batch, index):
-        if trainer.current_epoch == 2 and index == 1:
-            self.fault.strike(trainer)
+        if self.fault and trainer.current_epoch == 2 and index == 1:
+            globals()[self.fault](trainer)
 
 
-def with_fault(name):
-    """In place of the progress bar, since that is no choice, and so the run stays the same one."""
-    bar = "++callbacks.progress_bar"
-    return [f"{bar}._target_={__name__}.Strike", f"{bar}.name='{name}'", TRUST]
+TRUST = f"trust=[{__name__}.Strike]"  # which the run's config names
+
+
+def with_fault(fault):
+    return [f"++callbacks.progress_bar={{_target_: {__name__}.Strike, fault: {fault}}}", TRUST]
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(autouse=True)
-def _no_mount_stays(tmp_path):
-    yield
-    unmount(tmp_path / "run")
 
 
 @pytest.fixture(scope="module")
@@ -156,38 +107,36 @@ def undisturbed(job, tmp_path_factory):
     return metrics, weights(folder)
 
 
-@pytest.fixture
-def stopped(sj_taid, capsys):
-    """The message of a run that does not come to its end."""
-
-    def execute(*arguments):
-        with pytest.raises((SystemExit, KeyboardInterrupt, RuntimeError)) as ended:
-            sj_taid("train", *arguments, *QUIET)
-        notes = getattr(ended.value, "__notes__", [])
-        return "\n".join([capsys.readouterr().err, str(ended.value), *notes])
-
-    return execute
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in FAULTS if name != "second process"])
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        ("kill_within_checkpoint", None),
+        ("spoil_loss", "the loss is nan in epoch 3, after step 7: the model has diverged"),
+        ("fill_disk", r"(?s)No space .*: '.*last\.ckpt'.*Resume with: sj-taid train resume="),
+    ],
+)
 def test_run_ends_as_if_the_fault_had_not_happened(
-    name, job, undisturbed, sj_taid, stopped, tmp_path
+    fault, says, job, undisturbed, sj_taid, capsys, tmp_path, request
 ):
-    there, fault = run.Run(tmp_path / "run"), FAULTS[name]
-    arguments = [*job, f"hydra.run.dir={there.folder}"]
-    if name == "full disk":
+    there = run.Run(tmp_path / "run")
+    arguments = ["train", *job, f"hydra.run.dir={there.folder}", *with_fault(fault), *QUIET]
+    if fault == "fill_disk":
         there.folder.mkdir()
-        mount("-t", "tmpfs", "-o", "size=4m", "tmpfs", there.folder)
-    if fault.says:
-        said = stopped(*arguments, *with_fault(name))
-        fault.mend(there.folder)
-        assert re.search(fault.says, said), said
+        mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", there.folder]
+        if os.geteuid() or subprocess.run(mount, check=False).returncode:
+            pytest.skip("needs root and mount, for a disk of its own")
+        request.addfinalizer(lambda: subprocess.run(["umount", "--lazy", there.folder], check=True))
+    if says:
+        with pytest.raises(SystemExit) as ended:
+            sj_taid(*arguments)
+        said = capsys.readouterr().err + str(ended.value)
+        assert re.search(says, said), said
     else:
-        killed = exit_code(tmp_path, "train", *arguments, *with_fault(name), *QUIET)
-        assert killed == -signal.SIGKILL
+        assert exit_code(tmp_path, *arguments) == -signal.SIGKILL
     left = torch.load(there.checkpoint, weights_only=True)
     assert left["epoch"] == 1 and not there.is_finished
+    (there.folder / "full").unlink(missing_ok=True)
     sj_taid("train", f"resume={there.folder}", TRUST, *QUIET)
 
     metrics, (expected, expected_weights) = there.metrics, undisturbed
@@ -202,19 +151,20 @@ def test_run_ends_as_if_the_fault_had_not_happened(
     ("when", "least", "epochs"),
     [("stopping_threshold: 100", 0, 1), ("min_delta: 100, patience: 1", 3, 3)],
 )
-def test_run_that_early_stopping_has_ended_stays_ended(
-    when, least, epochs, job, tmp_path, monkeypatch
+def test_run_that_early_stopping_has_ended_stays_ended_and_measures_the_same(
+    when, least, epochs, job, tmp_path
 ):
     options = f"monitor: val/reconstruction, {when}"
     stop = f"{{_target_: lightning.pytorch.callbacks.EarlyStopping, {options}}}"
     length = ["trainer.max_epochs=6", f"+trainer.min_epochs={least}", "dataset.num_workers=0"]
     job = [*job, f"+callbacks.stop={stop}", *length]
-    with monkeypatch.context() as patch:
-        patch.setattr(run.Run, "save_metrics", lambda *_: press_ctrl_c(None))
-        with pytest.raises(KeyboardInterrupt):
-            fit(tmp_path, *job)
+    interrupted = mock.patch.object(run.Run, "save_metrics", side_effect=KeyboardInterrupt)
+    with interrupted as save, pytest.raises(KeyboardInterrupt):
+        fit(tmp_path, *job)
     left = torch.load(run.Run(tmp_path).checkpoint, weights_only=True)
-    assert fit(tmp_path, *job)["epochs"] == left["epoch"] + 1 == epochs
+    (before,), after = save.call_args.args, fit(tmp_path, *job)
+    assert after["epochs"] == left["epoch"] + 1 == epochs
+    assert {k for k in before if before[k] != after[k]} <= {"training_seconds"}
 
 
 #: torchrun --standalone --nproc-per-node=2, whose processes begin with the imports done
@@ -230,7 +180,7 @@ def test_run_of_two_processes_ends_with_the_death_of_one_and_resumes(job, sj_tai
     arguments = [
         *job, f"hydra.run.dir={there.folder}",
         "trainer.devices=2", "dataset.num_workers=0",  # a fork among threads may hang
-        *with_fault("second process"),
+        *with_fault("kill_second_process"),
     ]  # fmt: skip
     launch = elastic_launch(TORCHRUN, run_command)
     # torchrun names the first that it sees end: the killed process, or the one that waits for it

@@ -25,7 +25,7 @@ from tests.training.conftest import (
 )
 
 SWEEP = ["neuron=alif,lif"]
-JOB = [*TINY_CLASSIFICATION, "trainer.max_epochs=12", "dataset.augment=affine", "~logger"]
+JOB = [*TINY_CLASSIFICATION, "trainer.max_epochs=4", "dataset.augment=affine", "~logger"]
 
 
 class Wait(L.Callback):
@@ -88,7 +88,7 @@ def test_killed_sweep_resumes_and_ends_as_an_uninterrupted_one(
     for folder in folders:
         metrics = run.Run(folder).metrics
         alone, expected = uninterrupted[metrics["choices"]["neuron"]]
-        assert metrics["loss"] == alone["loss"] and metrics["epochs"] == 12
+        assert metrics["loss"] == alone["loss"] and metrics["epochs"] == 4
         assert f"neuron={metrics['choices']['neuron']}" in metrics["command"]
         assert "hydra" not in metrics["command"]
         assert_same_weights(folder, expected)

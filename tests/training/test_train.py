@@ -7,7 +7,6 @@ import torch
 from matplotlib import image as mpimg
 from omegaconf import OmegaConf
 
-from sj_taid._internal.build import build
 from sj_taid.data import Digits
 from sj_taid.training import cli, run
 from sj_taid.training.checkpoint import read_checkpoint
@@ -64,7 +63,7 @@ def test_train_command_leaves_everything_and_can_be_sampled(tmp_path, sj_taid, m
 @pytest.mark.slow
 def test_train_for_a_time_and_keep_every_epoch(tmp_path):
     every = "{_target_: lightning.pytorch.callbacks.ModelCheckpoint, save_top_k: -1}"
-    length = ["trainer.max_epochs=1000", "+trainer.max_time=00:00:00:02"]
+    length = ["trainer.max_epochs=1000", "+trainer.max_time=00:00:00:01"]
     metrics = fit(tmp_path, *UNMEASURED, *length, f"+callbacks.every={every}")
     assert 0 < metrics["epochs"] < 1000
     assert len([*tmp_path.rglob("*.ckpt")]) >= metrics["epochs"] + 1
@@ -127,12 +126,6 @@ def test_train_every_choice(tmp_path, decoder, choice):
     assert {*PICTURES} <= {path.name for path in tmp_path.iterdir()}
 
 
-@pytest.mark.parametrize("name", options("model"))
-def test_compose_every_model(name):
-    cfg = compose("train", [f"model={name}", "dataset.image_size=64"])
-    assert build(OmegaConf.to_container(cfg.model, resolve=True)).image_size == 64
-
-
 def test_compose_starts_fsvae_at_the_originals_neuron():
     cfg = compose("train").neuron
     assert (cfg.init_tau, cfg.v_threshold, cfg.v_reset) == (pytest.approx(4 / 3), 0.2, 0.0)
@@ -150,22 +143,10 @@ def test_train_fetches_data_before_reading(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_train_repeats_with_the_same_seed(tmp_path):
-    seeds = {"first": 1, "again": 1, "other": 0}
-    runs = {name: fit(tmp_path / name, *UNMEASURED, f"seed={n}") for name, n in seeds.items()}
-    first, again, other = (metrics["reconstruction"] for metrics in runs.values())
-    assert first == again != other
-
-
-@pytest.mark.slow
-def test_train_measures_the_same_after_a_kill_before_the_metrics(trained):
-    job = [*TINY, "trainer.max_epochs=3", "trainer.limit_train_batches=null", "dataset.limit=300"]
-    there = run.Run(trained(*job))
-    before = there.metrics
-    (there.folder / run.METRICS).unlink()
-    after = fit(there.folder, *job)
-    differ = [k for k, v in before.items() if isinstance(v, float) and after[k] != v]
-    assert differ in ([], ["training_seconds"])
+def test_train_repeats_with_the_same_seed(trained, tmp_path):
+    first = run.Run(trained(*UNMEASURED)).metrics  # of seed 0
+    again, other = (fit(tmp_path / str(seed), *UNMEASURED, f"seed={seed}") for seed in (0, 1))
+    assert first["reconstruction"] == again["reconstruction"] != other["reconstruction"]
 
 
 def test_damaged_checkpoint_is_refused_before_anything_is_written(trained):
