@@ -1,6 +1,7 @@
 """Classification from the configs to the pictures."""
 
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -58,30 +59,17 @@ def test_train_leaves_everything(trained):
 
 
 @pytest.mark.slow
-def test_train_learns_digits(tmp_path):
-    small = ["dataset.image_size=8", "trainer.max_epochs=3", "trainer.accelerator=cpu"]
-    assert fit(tmp_path, "task=classification", *small)["accuracy"] > 0.6
-
-
-@pytest.mark.slow
-def test_train_calibrates_a_new_run_alone(tmp_path, monkeypatch):
+def test_train_calibrates_a_new_run_alone(tmp_path):
     start = ["neuron=lif", "neuron_start.calibrate=0.1", "neuron_start.v_threshold=4.0"]
     # A schedule that is the same when it resumes.
     job = [*TINY_CLASSIFICATION, *start, "optimizer.lr=0.0", "task.scheduler.T_max=2"]
-    reports = []
-
-    def calibrate(*of, **how):
-        reports.append(sj_taid.calibrate(*of, **how))
-        return reports[-1]
-
-    monkeypatch.setattr(training, "calibrate", calibrate)
-    for epochs in (1, 2):
-        fit(tmp_path, *job, f"trainer.max_epochs={epochs}")
-    (report,) = reports
-    assert {row.before.v_threshold for row in report.rows} == {4.0}
-    assert {round(row.after.firing_rate, 1) for row in report.rows} == {0.1}
-    expected = {row.layer: row.after.v_threshold for row in report.rows}
-    assert fixed_thresholds(run.load_model(tmp_path)) == pytest.approx(expected)
+    thresholds = []
+    with mock.patch.object(training, "calibrate", wraps=sj_taid.calibrate) as calibrate:
+        for epochs in (1, 2):
+            fit(tmp_path, *job, f"trainer.max_epochs={epochs}")
+            thresholds.append(fixed_thresholds(run.load_model(tmp_path)))
+    calibrate.assert_called_once_with(mock.ANY, mock.ANY, rate=0.1)
+    assert thresholds[0] == thresholds[1] and 4.0 not in thresholds[0].values()
 
 
 def test_train_names_thresholds_at_their_bound(tmp_path):
@@ -114,9 +102,8 @@ class Rates(nn.Module):
 
 def test_model_input_refuses_another_number_of_frames():
     for model in ("classifier_small", "classifier_mnist"):
-        event = ["task=classification", "dataset=nmnist", f"model={model}"]
-        assert compose("train", event).model.T == 20
-        assert compose("train", [*event, "dataset.T=6"]).model.T == 6
+        event = ["task=classification", "dataset=nmnist", "dataset.T=6", f"model={model}"]
+        assert compose("train", event).model.T == 6
     task = Classification(Rates(), torch.optim.Adam, scheduler=None)
     with pytest.raises(ValueError, match=r"dataset\.T=4 frames, but model\.T=5; set dataset\.T"):
         task.training_step((torch.rand(2, 4, 2, 8, 8), torch.tensor([1, 1])), 0)

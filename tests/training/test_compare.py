@@ -58,10 +58,8 @@ def test_summary_keeps_protocols_apart(runs):
 @pytest.mark.parametrize(
     ("losses", "text"),
     [
-        ([3.1e-5], "3.1e-05"),
         ([2e-5, 4e-5], "3.0e-05 ± 1.4e-05"),
         ([6e-5], "0.0001"),
-        ([2e-3, 2e-3], "0.0020 ± 0.0000"),
         ([0.0], "0.0000"),
     ],
 )
@@ -88,11 +86,12 @@ def test_column_text_spreads_counts_that_differ():
 # ---- the command ----
 
 
-def test_compare_shows_mean_and_spread_over_seeds(runs, capsys):
-    compare.main([str(runs)])
+def test_compare_shows_mean_and_spread_over_seeds(runs, capsys, tmp_path):
+    out = tmp_path / "out"
+    compare.main([str(runs), f"--out={out}"])
     shown = capsys.readouterr().out
     assert "cannot be read (Expecting" in shown and "unfinished: finish the run first" in shown
-    written = (runs / "results.md").read_text()
+    written = (out / "results.md").read_text()
     assert written in shown
     head, _, *rows = cells(written)
     assert head[:3] == ["neuron", "accuracy, last epoch, % ↑", "FAD, own autoencoder ↓"]
@@ -102,7 +101,7 @@ def test_compare_shows_mean_and_spread_over_seeds(runs, capsys):
         ["lif", "", "11.00 ± 1.41", "2", "0.83", "1.5", "2", "0123456789ab"],
         ["alif", "99.73 ± 0.07", "7.50 ± 0.71", "2", "0.83", "1.5", "2", "0123456789ab"],
     ]
-    table = pd.read_csv(runs / "results.csv")
+    table = pd.read_csv(out / "results.csv")
     assert not table.isna().all().any() and "fad protocol" in table
     table = table[["fad", "neuron"]]
     assert table.to_numpy().tolist() == [[10, "lif"], [12, "lif"], [7, "alif"], [8, "alif"]]
@@ -126,8 +125,3 @@ def test_compare_leaves_files_of_others_alone(runs, sj_taid):
             path.rmdir() if path.is_dir() else path.unlink()
     for _ in range(2):  # its own are replaced
         compare.main([str(runs)])
-
-
-def test_compare_takes_a_single_run(single, sj_taid, tmp_path):
-    sj_taid("compare", str(single.folder), "--out", str(tmp_path / "out"))
-    assert cells((tmp_path / "out" / "results.md").read_text())[2][:2] == ["3.50", "2"]

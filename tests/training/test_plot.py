@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 from torchvision.io import decode_image
 
 from sj_taid.training import plot
-from sj_taid.training.plot import _label, draw_classes, draw_confusion, draw_curves, draw_pairs
+from sj_taid.training.plot import _label, draw_classes, draw_confusion, draw_pairs
 
 
 @pytest.mark.parametrize("names", [[], ["a gesture of both hands" * 4] * 2], ids=len)
@@ -16,7 +16,7 @@ def test_draw_confusion_cuts_no_class_name(tmp_path, names):
     assert white[[0, -1]].all() and white[:, [0, -1]].all()
 
 
-@pytest.mark.parametrize(("first", "last"), [(1, 1), (1, 2), (0, 20), (1, 21), (1, 300)])
+@pytest.mark.parametrize(("first", "last"), [(1, 1), (0, 20), (1, 21)])
 def test_ticks_are_whole_numbers_within_the_curve(first, last):
     axis = Figure().subplots()
     axis.plot(range(first, last + 1), [0.0] * (last + 1 - first))
@@ -41,7 +41,7 @@ def test_draw_classes_has_a_named_row_for_each(tmp_path):
     assert not rows.all() and picture[:, :20].lt(100).any()  # words at the left
 
 
-@pytest.mark.parametrize("n", [1, 4, 5])
+@pytest.mark.parametrize("n", [1, 5])
 def test_draw_pairs_has_each_image_above_its_own_and_says_what_they_are(tmp_path, monkeypatch, n):
     images, drawn = torch.arange(n).div(8)[:, None, None, None].expand(n, 1, 8, 8), []
     draw_pairs(images, -images, tmp_path / "a.png", 4, ("test image", "through the model"))
@@ -55,14 +55,3 @@ def test_draw_pairs_has_each_image_above_its_own_and_says_what_they_are(tmp_path
     flat = torch.cat(rows[::2]), torch.cat(rows[1::2])
     assert torch.equal(flat[0][:n], images[:, 0, 0, 0]) and torch.equal(flat[1][:n], -flat[0][:n])
     assert all(part[n:].eq(1).all() for part in flat)  # white
-
-
-def test_draw_curves_says_what_each_metric_is(tmp_path, monkeypatch):
-    figures = []
-    monkeypatch.setattr(plot, "save", lambda figure, path: figures.append(figure))
-    names = "reconstruction", "latent", "gradient", "chroma", "features", "accuracy", "loss", "own"
-    draw_curves([{f"train/{name}": 1.0 for name in names}] * 2, tmp_path / "a.png", "test set")
-    labels = [axis.get_ylabel() for axis in figures[0].axes]
-    assert labels[-2:] == ["loss", "own"]  # nothing more is known of these
-    for name, label in zip(names[:-2], labels, strict=False):
-        assert label.startswith(f"{name}: ") and len(label) > len(name) + 10

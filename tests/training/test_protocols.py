@@ -11,7 +11,6 @@ from sj_taid.data import Digits
 from sj_taid.training import compare, evaluator, run
 from sj_taid.training.checkpoint import read_checkpoint
 from sj_taid.training.classification import Classification
-from sj_taid.training.config import compose
 from tests.training.conftest import (
     TINY,
     TINY_CLASSIFICATION,
@@ -74,7 +73,7 @@ def test_best_validation_epoch_is_saved_and_tested(spoiled, tmp_path):
     assert best < 3 and metrics["best_validation_epoch"] == best
     assert torch.load(run.Run(tmp_path).best, weights_only=True)["epoch"] == best - 1
     assert metrics["validation_accuracy"] == values[-1] == metrics[objective]
-    assert metrics["accuracy_best_validation_epoch"] > 2 * metrics["accuracy"]
+    assert metrics["accuracy_best_validation_epoch"] > max(0.3, 2 * metrics["accuracy"])
     assert "accuracy_best_test_epoch" not in metrics
     how = "trained on 1294 samples, tested on 359, validated on 144"
     assert metrics["protocol"]["accuracy_best_validation_epoch"] == how
@@ -131,11 +130,6 @@ def test_best_validation_epoch_survives_a_kill(spoiled, tmp_path):
     assert longer["epochs"] == 5
     for name in ("best_validation_epoch", "accuracy_best_validation_epoch"):
         assert longer[name] == undisturbed[name], name
-
-
-def test_validation_set_is_for_classifiers_by_default():
-    for task, share in (("generation", None), ("classification", 0.1)):
-        assert compose("train", [f"task={task}"]).dataset.validation == share
 
 
 def test_generator_is_measured_on_validation_images_by_fad_alone(tmp_path, monkeypatch):
