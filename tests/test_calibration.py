@@ -40,7 +40,7 @@ def test_calibrate_reaches_the_rate_in_every_layer(threshold):
 
 
 @pytest.mark.parametrize(
-    ("levels", "options"), [(15, {}), (4, {"init_tau": None, "normalize": True})]
+    ("levels", "options"), [(14, {}), (4, {"init_tau": None, "normalize": True})]
 )
 def test_calibrate_gives_a_mean_count_of_the_rate_times_what_a_step_gives(levels, options):
     make = partial(ALIFNode, levels=levels, v_reset=None, step_mode="m", **options)

@@ -92,9 +92,8 @@ class Parsed(Exception):
     """Raised in place of what a command does once its arguments are parsed."""
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("line", [*commands()])
-def test_command_parses(line, monkeypatch):
+@pytest.fixture
+def parse_only(monkeypatch):
     parse = argparse.ArgumentParser.parse_args
 
     def parse_args(*arguments):
@@ -102,6 +101,12 @@ def test_command_parses(line, monkeypatch):
         raise Parsed
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("parse_only")
+@pytest.mark.parametrize("line", [*commands()])
+def test_command_parses(line):
     program, *words = shlex.split(os.path.expandvars(line), comments=True)
     words = [word for word in words if word not in ("...", "x")]
     if program == "torchrun":  # its options are its own
