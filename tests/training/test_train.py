@@ -149,6 +149,18 @@ def test_train_repeats_with_the_same_seed(trained, tmp_path):
     assert first["reconstruction"] == again["reconstruction"] != other["reconstruction"]
 
 
+@pytest.mark.slow
+def test_train_measures_the_same_after_a_kill_before_the_metrics(trained):
+    # Trained so far that the images depend on the latent.
+    longer = ["trainer.max_epochs=3", "trainer.limit_train_batches=null", "dataset.limit=300"]
+    there = run.Run(trained(*UNMEASURED, *longer))
+    before = there.metrics
+    (there.folder / run.METRICS).unlink()
+    after = fit(there.folder, *UNMEASURED, *longer)
+    differ = [k for k, v in before.items() if isinstance(v, float) and after[k] != v]
+    assert differ in ([], ["training_seconds"])
+
+
 def test_damaged_checkpoint_is_refused_before_anything_is_written(trained):
     there = run.Run(trained(*UNMEASURED))
     there.checkpoint.write_bytes(b"PK half a checkpoint")
