@@ -118,6 +118,14 @@ def test_what_needs_more_images_is_left_out_with_a_warning(
     assert len(warned) == bool(said) and all(said in text for text in warned)
 
 
+@pytest.mark.parametrize(("latents", "smaller"), [(17, True), (16, False)])
+def test_a_smaller_metric_is_named_only_where_it_needs_less(evaluator, caplog, latents, smaller):
+    evaluator.samples, evaluator.autoencoder["latent_channels"] = 2, latents
+    evaluator.prepare(digits())
+    assert f"FAD needs {latents + 1} samples" in caplog.text
+    assert ("metric=small" in caplog.text) == smaller
+
+
 @pytest.mark.parametrize(("spread", "alike"), [(1e-3, True), (0.1, False)])
 def test_samples_that_are_all_alike_are_told_and_have_no_precision(
     evaluator, caplog, spread, alike
