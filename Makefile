@@ -35,11 +35,12 @@ slow: install ## Test runs, faults, sweeps, pages and all else that takes long
 test-all: install ## Test what test and slow do, in one go
 	$(BIN)/python $(PYTEST) -m "not kernels and not fuzz and not ray"
 
-# The unit tests, without training and what asks little of SpikingJelly: metrics, pages, kernels,
-# operations on tensors, what a graph is compiled to.
+# The unit tests, without training and what asks little of SpikingJelly: metrics, pages, kernels and
+# their texts, operations on tensors and norms, what a graph is compiled to.
 NOT_LEGACY := experiments data metric training test_docs.py test_packaging.py test_extras.py
-NOT_LEGACY += test_cpu.py test_cuda.py test_fused.py test_kernels.py test_nvrtc.py
-NOT_LEGACY += test_norm_output.py test_readers.py test_flow.py test_writes.py
+NOT_LEGACY += test_cpu.py test_cuda.py test_cuda_text.py test_fused.py test_kernels.py test_neurons.py
+NOT_LEGACY += test_norm.py test_nvrtc.py test_rows.py test_text.py test_fuzz.py
+NOT_LEGACY += test_norm_output.py test_own_norm.py test_readers.py test_flow.py test_writes.py
 test-legacy: install $(LEGACY) ## Test the library on SpikingJelly 0.0.0.0.14
 	PYTHONPATH=$(CURDIR)/$(LEGACY) $(BIN)/python $(PYTEST) \
 	  tests sj_taid $(NOT_LEGACY:%=--ignore-glob=*/%) -k "not inductor"
