@@ -206,7 +206,7 @@ def check_gradients(call, s, before, h, x, q, threshold, eps, tiny):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "examples",
-    [pytest.param(60, id="some"), pytest.param(2000, id="many", marks=pytest.mark.fuzz)],
+    [pytest.param(30, id="some"), pytest.param(2000, id="many", marks=pytest.mark.fuzz)],
 )
 def test_alif_equals_its_equations(backend, examples):
     everything, options = hypothesis.HealthCheck, {"deadline": None, "database": None}
