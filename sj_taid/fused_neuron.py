@@ -23,7 +23,7 @@ from .ops import backends
 from .ops.bits import is_dense
 from .ops.step import compiled
 from .ops.step.autograd import apply_fused
-from .ops.step.code import is_definition
+from .ops.step.code import is_own, is_plain
 from .ops.step.plan import Plan, Plans, Spec, arranged, find_plan, spec_of
 from .ops.step.program import Reading
 from .ops.step.readings import BY_IDENTITY, NAMES, has, plain_value, read_neuron
@@ -388,7 +388,9 @@ def note_for_graphs(node: Any, readings: dict[int, Reading]) -> None:
     """Note what a neuron's readings, by their numbers of axes, depend on."""
     plans = Plans()
     view = _look(node, plans)
-    outside = tuple(map(_definition_of, view.outside))
+    read = [(home, get, get(home)) for home, get in view.outside]
+    # Functions of torch's and bound ones are not compared in a graph.
+    outside = tuple(_definition_of(*o) for o in read if is_plain(o[2]) or is_own(o[2]))
     if None in outside:
         return  # which torch.compile may not see
     keys = {axes: compiled.key_of(reading) for axes, reading in readings.items()}
@@ -406,15 +408,14 @@ def note_for_graphs(node: Any, readings: dict[int, Reading]) -> None:
         node.__dict__["_taid_in_graphs"] = InGraphs(keys, numbers, modules, *about)
 
 
-def _definition_of(outside: Any) -> tuple[Any, str, Any] | None:
+def _definition_of(home: Any, get: Any, value: Any) -> tuple[Any, str, Any] | None:
     """A module or class, a name in it and what it stands for; ``None`` of a number or a cell."""
-    home, get = outside
-    value, (_, (name,)) = get(home), get.__reduce__()
+    _, (name,) = get.__reduce__()
     if isinstance(home, dict):  # the globals of a function
         module: Any = sys.modules.get(home.get("__name__", ""))
         home = module if module is not None and vars(module) is home else None
     is_home = isinstance(home, type | ModuleType)
-    return (home, name, value) if is_home and is_definition(value) else None
+    return (home, name, value) if is_home and is_own(value) else None
 
 
 def run_in_graph(

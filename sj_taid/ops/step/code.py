@@ -42,6 +42,8 @@ _FIXED = (
     *(type, FunctionType, BuiltinFunctionType, ModuleType, property, staticmethod, classmethod),
     *(enum.Enum, np.ufunc, torch.jit.ScriptFunction),
 )
+#: what a name may be given to in place of another
+_CODE = (type, FunctionType, BuiltinFunctionType, MethodType, torch.jit.ScriptFunction)
 #: numbers and the like, which a key holds by their values
 PLAIN = (bool, int, float, str, type(None), np.generic, torch.dtype)
 
@@ -60,9 +62,9 @@ def is_fixed(value: Any, owner: Any = None) -> bool:
     return isinstance(value, _FIXED)
 
 
-def is_definition(value: Any) -> bool:
-    """Whether it is a class or a function."""
-    return isinstance(value, type | FunctionType)
+def is_own(value: Any) -> bool:
+    """Whether it is a class or a function of the user's."""
+    return isinstance(value, type | FunctionType) and not _is_known(_home(value))
 
 
 def check_code(kind: type, function: Any = None) -> dict[Any, Any]:
@@ -136,9 +138,9 @@ class _Walk:
                 self.value(owner, name, space[name], names, is_known)
 
     def _note(self, home: Any, name: str, get: Any) -> None:
-        """Note what may be another at the next call: a number, or code that is not known."""
+        """Note what may be another at the next call: a number, a function or a class."""
         value = get(home)
-        if is_plain(value) or (is_definition(value) and not _is_known(_home(value))):
+        if is_plain(value) or isinstance(value, _CODE):
             self.outside[id(home), name] = home, get
 
     def _check(self, function: FunctionType, names: set[str]) -> None:

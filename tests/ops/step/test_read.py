@@ -525,6 +525,9 @@ def defined_again(x):
     return 2.0
 
 
+activation, gate = torch.tanh, Gate.apply
+
+
 def with_gain(x):
     return x * with_gain.gain
 
@@ -547,6 +550,8 @@ WAYS = SEEN | {
     "a class of a module": lambda self, x, v: CONSTANTS.Inner.gain,
     "a Function": lambda self, x, v: Gate.apply(x),
     "a function": lambda self, x, v: defined_again(x),
+    "a function of torch": lambda self, x, v: activation(x),
+    "a bound function": lambda self, x, v: gate(x),
     "a function of a module": lambda self, x, v: CONSTANTS.defined_again(x),
     "a Function of the class": lambda self, x, v: self.gate.apply(x),
     "an attribute of a function": lambda self, x, v: with_gain(x),
@@ -568,6 +573,8 @@ def change_all():
         LIST[0] = globals()["NUMBER"] = value
         for home in (globals(), vars(CONSTANTS)):
             home["defined_again"] = lambda x, value=value: value
+        globals()["activation"] = torch.tanh if value == 2.0 else torch.sin
+        globals()["gate"] = Gate.apply if value == 2.0 else torch.cos
 
     change(2.0)
     yield change
