@@ -40,6 +40,19 @@ PLACES = {
 }
 
 
+class Writes(torch.autograd.Function):
+    """Writes to its argument and does not say so."""
+
+    @staticmethod
+    def forward(ctx, s):
+        s.data.fill_(0.3)
+        return s.view_as(s)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
 #: ways to memory, of which autograd does not know that they write
 WAYS = {
     "numpy": lambda s: s.numpy().fill(0.3),
@@ -50,6 +63,13 @@ WAYS = {
     "data": lambda s: s.data.mul_(0.3),
     "the storage": lambda s: s.untyped_storage().fill_(62),
     "its address": lambda s: ctypes.memset(s.data_ptr(), 62, 100),
+    "real numbers": lambda s: s.real.numpy().fill(0.3),
+    "from_dlpack": lambda s: torch.from_dlpack(s).fill_(0.3),
+    "set_ to the storage": lambda s: torch.empty(0).set_(s.untyped_storage(), 2, (5,)).fill_(0.3),
+    "a shallow copy": lambda s: copy.copy(s).fill_(0.3),
+    "element by element": lambda s: s.apply_(lambda value: 0.3),
+    "a view with other signs": lambda s: torch._neg_view(s).data.fill_(-0.3),
+    "a function that hides it": Writes.apply,
 }
 
 
