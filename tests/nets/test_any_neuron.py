@@ -229,3 +229,15 @@ def test_a_copy_shares_what_the_net_shares(copied):
     again = copied(net)
     assert again[0].shared is again[1].shared and again[0].shared.requires_grad
     assert again[0].v.grad_fn is None
+
+
+def test_every_voltage_has_the_plain_neurons_gradient():
+    net, found, x = nn.Sequential(neuron.LIFNode(store_v_seq=True, step_mode="m")), [], images()
+    for run in (copy.deepcopy(net), net):
+        if run is net:
+            sj_taid.accelerate(net)
+        leaf = x.detach().clone().requires_grad_()
+        run(leaf)
+        run[0].v_seq.square().sum().backward()
+        found.append(leaf.grad)
+    torch.testing.assert_close(*found)
