@@ -191,7 +191,7 @@ def fills_memory(tensor: Tensor) -> bool:
     """Whether the tensor fills its memory, in any order."""
     if not graph.address_of(tensor):  # a wrapper of torch.func
         return False
-    whole = tensor.untyped_storage().nbytes() == tensor.nbytes and tensor.storage_offset() == 0
+    whole = tensor.untyped_storage().nbytes() == tensor.nbytes and not tensor.storage_offset()
     if not whole or tensor.is_contiguous():
         return whole
-    return tensor.stride() == torch.empty_like(tensor, device="meta").stride()
+    return bool(tensor.stride() == torch.empty_like(tensor, device="meta").stride())

@@ -1,5 +1,7 @@
 """The form in which models are trained and measured."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -12,4 +14,5 @@ def prepare(model: nn.Module, fuse: bool = True) -> nn.Module:
     if fuse and find_neurons(model):
         accelerate(model)
     # In this layout convolutions are faster, in bfloat16 above all; another rounds otherwise.
-    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    untyped: Any = model  # whose types leave memory_format out before torch 2.15
+    return untyped.to(memory_format=torch.channels_last)

@@ -152,7 +152,7 @@ class _Size(torch.SymInt):
         self.node: Any = None
         self.size, self.note = size, note
 
-    def __eq__(self, other: object) -> bool:
+    def __eq__(self, other: object) -> Any:
         if isinstance(other, _Size) and other.size == self.size:  # of one axis: all sizes differ
             return True
         return self._compute()
