@@ -26,9 +26,10 @@ from .ops.step.autograd import apply_fused
 from .ops.step.code import is_own, is_plain
 from .ops.step.plan import Plan, Plans, Spec, arranged, find_plan, spec_of
 from .ops.step.program import Reading
-from .ops.step.readings import BY_IDENTITY, NAMES, has, plain_value, read_neuron
-from .ops.step.record import HOOKS, Neuron, Notes
+from .ops.step.readings import BY_IDENTITY, NAMES, has, neuron_of, plain_value, read_neuron
+from .ops.step.record import HOOKS, Notes
 from .ops.step.reference import state_dtype
+from .ops.step.sequence import Layout
 
 #: the kinds of tensors that a plan takes
 _TAKES = (Tensor, nn.Parameter, Kept)
@@ -68,6 +69,7 @@ class _Call(NamedTuple):
     strides: tuple[int, ...]  #: those of the plain neuron's spikes
     least: int | None  #: the least that a step gives, if its outputs are whole numbers
     most: int
+    starts: tuple[float, ...] = ()  #: the states before the first step, of a loop over time
 
 
 class FusedNeuron:
@@ -116,14 +118,14 @@ class FusedNeuron:
             )
             if call is None:  # it reads other attributes now
                 return self._taid_run(x_seq, states, store_v_seq)
-            plan, spec, converts, strides, least, most = call
+            plan, spec, converts, strides, least, most, fixed = call
             if plan is None:
                 return None if spec else self._taid_definition(x_seq, states, store_v_seq)
             if source is not None:
                 source.readers[reader_of(self)] = True
             if converts:
                 tensors = _convert(spec, tensors, len(states))
-            v_init = tuple(starts)
+            v_init = fixed or tuple(starts)
             if spec.saves:
                 kept = (x,) if type(x) is Kept else ()
                 arguments = plan, v_init, self._taid_name, *tensors, *of_norm
@@ -190,7 +192,7 @@ def _look(node: Any, plans: Plans) -> View:
         within = tuple(n.removeprefix(start) for n in notes.functions if n.startswith(start))
         inner += [f"__class__.{n}" for n in within if has(node, f"{start}__class__.{n}")]
         modules.append((module, attrgetter("__class__", "__class__", *inner), within))
-    tensors = Neuron(node, node._taid_step, notes.tensors).tensors
+    tensors = neuron_of(node, node._taid_step, notes.tensors).tensors
     per_channel = any(t.numel() != 1 for t in tensors.values())
     numbers = attrgetter("__class__", "_fused_backend", *own)
     given = getattr(type(node), "_taid_tensors", None) or _getter(tuple(tensors))
@@ -287,9 +289,13 @@ def _plan_call(
     nothing = _Call(None, None, False, (), None, 0)
     if engine is None:
         return nothing
+    run = node._taid_step
+    run = run._replace(length=len(x_seq)) if isinstance(run, Layout) else run
     neuron = _why_not_these(node, x_seq, states, tensors[1 + len(states) :]) or read_neuron(
-        node, tuple(x_seq.shape[1:]), node._taid_step, engine, x_seq.device
+        node, tuple(x_seq.shape[1:]), run, engine, x_seq.device
     )
+    if isinstance(neuron, Reading) and neuron.states != len(states):
+        neuron = "its loop over time has other states than when it was accelerated"
     if isinstance(neuron, str):
         if backends.is_chosen(node._fused_backend):
             raise backends.BackendUnavailableError(f"no fused backend can take this call: {neuron}")
@@ -314,7 +320,8 @@ def _plan_call(
     strides = x_seq.stride()
     if not x_seq.is_contiguous():
         strides = node._taid_strides(x_seq.shape, strides)
-    return _Call(find_plan(engine, spec), spec, converts, strides, least, most)
+    plan = find_plan(engine, spec)
+    return _Call(plan, spec, converts, strides, least, most, neuron.starts)
 
 
 def _why_not_these(node: Any, x_seq: Tensor, states: Any, tensors: list[Any]) -> str | None:
@@ -328,7 +335,8 @@ def _why_not_these(node: Any, x_seq: Tensor, states: Any, tensors: list[Any]) ->
             return f"its state {name!r} is {v.dtype}, its input {x_seq.dtype}"
     if hasattr(node, "_taid_tensors"):  # ALIF, which computes in float32
         return None
-    if reason := compat.why_not_stepwise(node._taid_kind):
+    is_loop = isinstance(node._taid_step, Layout)
+    if reason := None if is_loop else compat.why_not_stepwise(node._taid_kind):
         return reason
     for name, t in zip(Plans.of(node).view.tensor_names, tensors, strict=True):
         if t.dtype not in dtypes[: 1 + (t.dim() == 0)]:

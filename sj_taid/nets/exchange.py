@@ -14,6 +14,7 @@ from ..fused_neuron import Accelerated, note_for_graphs, restore
 from ..neuron import ALIFNode
 from ..ops.step.program import Reading
 from ..ops.step.readings import read_neuron
+from .loops import AcceleratedLoop, accelerate_loop, find_loops, read_loop
 from .modules import (
     AcceleratedALIF,
     AcceleratedNeuron,
@@ -39,8 +40,9 @@ from .summary import Acceleration, find_engine, measure, norms_of, report_of
 def accelerate(net: nn.Module, example: Any = None) -> Acceleration:
     """Train ``net`` in less memory and time with equal outputs; changes it in place.
 
-    Neurons whose step is pointwise, SpikingJelly's and yours, run on the fused operator and learn
-    what they learned before. One behind a batch norm takes the norm's input and computes both as
+    Neurons whose step is pointwise, SpikingJelly's and yours, modules that loop over time included,
+    run on the fused operator and learn what they learned before. One behind a batch norm takes the
+    norm's input and computes both as
     one operation, so the norm's output is not saved for backward. Spikes, counts and their sums are
     saved as bits, and some sums of a norm's output are computed again.
 
@@ -51,7 +53,8 @@ def accelerate(net: nn.Module, example: Any = None) -> Acceleration:
     and keep voltages, in float32.
 
     Args:
-        net: any module with SpikingJelly neurons, ALIF included, in step mode ``"m"``.
+        net: any module with SpikingJelly neurons, ALIF included, in step mode ``"m"``, or with
+            modules that loop over time by themselves.
         example: an input of ``net`` (a tuple for several), to measure a training step before
             and after, on a copy. The report then says what read each norm.
 
@@ -69,7 +72,11 @@ def accelerate(net: nn.Module, example: Any = None) -> Acceleration:
     1      LIFNode      fused operator  equal outputs
     >>> spikes = net(torch.rand(4, 2, 3, 5, requires_grad=True))
     """
-    if steps := describe_single_steps(need_neurons(net, "accelerate")):
+    check_net(net)
+    sites = find_neurons(net)
+    if not sites and not find_loops(net):
+        need_neurons(net, "accelerate")
+    if steps := describe_single_steps(sites):
         warnings.warn(steps, stacklevel=2)
     if example is None:
         return Acceleration(*report_of(net, _exchange_classes(net), None))
@@ -113,11 +120,29 @@ def _exchange_classes(net: nn.Module) -> dict[str, Row]:
         accelerate_module(site.node)._taid_name = site.path
         if not isinstance(site.node, ALIFNode):
             note_for_graphs(site.node, found)
-    if any(isinstance(m, AcceleratedALIF | AcceleratedNeuron) for m in net.modules()):
+    for site in find_loops(net):
+        rows |= _exchange_loop(site)
+    fused = AcceleratedALIF | AcceleratedNeuron | AcceleratedLoop
+    if any(isinstance(m, fused) for m in net.modules()):
         for _, norm in norms_of(net):
             if not isinstance(norm, AcceleratedNorm) and not why_not_fused(norm):
                 accelerate_module(norm)
     return rows
+
+
+def _exchange_loop(site: Site) -> dict[str, Row]:
+    """The same for a module with a loop over time; no row if it is no neuron."""
+    engine = find_engine(site.dtype, site.device)
+    if isinstance(site.node, Accelerated):
+        return {site.path: site.row("", "on the fused operator already", "fused")}
+    found = engine if isinstance(engine, str) else read_loop(site, engine)
+    if isinstance(found, str):
+        return {} if found.endswith("has no state") else {site.path: site.row("", found)}
+    layout, readings = found
+    reading = next(iter(readings.values()))
+    accelerate_loop(site.node, layout, reading.states)._taid_name = site.path
+    note = "equal outputs" if reading.exact else "equal outputs to rounding"
+    return {site.path: site.row("fused operator", f"{note}; its loop over time", "fused")}
 
 
 def _why_not_fused(site: Site) -> str | None:

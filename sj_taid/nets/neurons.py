@@ -3,7 +3,7 @@
 import copy
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -88,6 +88,11 @@ def as_inputs(example: Any) -> tuple[Any, ...]:
 
 def find_neurons(net: nn.Module, kinds: Collection[type] = ()) -> list[Site]:
     """Every neuron of ``net`` and module of exactly one of ``kinds``, once."""
+    return find_sites(net, lambda m: isinstance(m, compat.NEURONS) or type(m) in kinds)
+
+
+def find_sites(net: nn.Module, is_one: Callable[[nn.Module], bool]) -> list[Site]:
+    """Every module of ``net`` that is one, once."""
     paths = defaultdict(list)
     for path, module in net.named_modules(remove_duplicate=False):
         paths[module].append(path)
@@ -96,7 +101,7 @@ def find_neurons(net: nn.Module, kinds: Collection[type] = ()) -> list[Site]:
     for module, names in paths.items():
         if not isinstance(module, ALIFNode):  # whose own are float32, whatever it reads
             near = next(filter(Tensor.is_floating_point, module.parameters(recurse=False)), near)
-        if isinstance(module, compat.NEURONS) or type(module) in kinds:
+        if is_one(module):
             sites.append(Site(module, tuple(names), near.device, near.dtype))
     return sites
 

@@ -115,6 +115,8 @@ class Reading(NamedTuple):
     least: int | None
     most: int | None
     exact: bool  #: whether its outputs are torch's to the bit
+    #: the states before the first step, of a module that keeps none from call to call
+    starts: tuple[float, ...] = ()
 
     @property
     def states(self) -> int:

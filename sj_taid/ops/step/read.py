@@ -39,25 +39,31 @@ def read(step: Step, states: int, parameters: Sequence[Tensor], shape: Sequence[
         NotRead: the step is not pointwise, or not a function of its arguments alone.
     """
     per_channel = any(p.numel() != 1 for p in parameters)
-    shapes = _odd_shapes(shape, per_channel)
+    shapes = odd_shapes(shape, per_channel)
     first, second = (_read_once(step, states, parameters, s) for s in shapes)
     if first != second:
         raise NotRead("depends on the shape of its input")
     return first
 
 
-def _odd_shapes(shape: Sequence[int], per_channel: bool) -> list[tuple[int, ...]]:
+def odd_shapes(
+    shape: Sequence[int], per_channel: bool, but: Sequence[int] = ()
+) -> list[tuple[int, ...]]:
     """Two shapes of as many axes, in which a transposition and a size that is a constant show."""
     found = []
     for odd in ((3, 5, 7, 9, 11, 13), (2, 17, 4, 6, 19, 8)):
         channels = shape[1:2] if per_channel else odd[1:2]
-        others = [size for size in odd if size not in channels] * 3
+        others = [size for size in odd if size not in (*channels, *but)] * 3
         found.append((others[0], *channels, *others[1:])[: len(shape)])
     return found
 
 
 def _read_once(step: Step, states: int, parameters: Sequence[Tensor], shape: Any) -> Reading:
-    given, calls, ends = trace_step(step, states, parameters, shape)
+    return read_calls(*trace_step(step, states, parameters, shape), states, shape)
+
+
+def read_calls(given: Any, calls: Any, ends: Any, states: int, shape: Any) -> Reading:
+    """The calls of a step and its gradient, as :func:`.trace.trace_step` gives them."""
     reader = _Reader(given, tuple(shape))
     for call in calls:
         try:
@@ -86,7 +92,7 @@ _SAME = frozenset(
     )
 )
 #: operations that make numbers: where their value is, or the value; ``None`` until it is set
-_FULL: dict[str, int | float | None] = {
+FULL: dict[str, int | float | None] = {
     "empty": None, "empty_like": None, "empty_strided": None, "new_empty": None,
     "full": 1, "full_like": 1, "new_full": 2, "scalar_tensor": 0, "fill": 1, "zero": 0.0,
     "_efficientzerotensor": 0.0, "zeros": 0.0, "zeros_like": 0.0, "new_zeros": 0.0,
@@ -243,9 +249,9 @@ class _Reader:
 
     def _understand(self, call: Call, base: str) -> _Value:
         result = call.result
-        tensors = _tensors_of(call)
-        if base in _FULL:
-            number: Any = _FULL[base]
+        tensors = tensors_of(call)
+        if base in FULL:
+            number: Any = FULL[base]
             number = call.args[number] if base in _TAKES_VALUE else number
             if isinstance(number, Tensor):
                 raise NotRead(f"has {base} of a tensor")
@@ -257,6 +263,8 @@ class _Reader:
         if call.number is not None and not (tensors and id(tensors[0]) in self.values):
             return _Value("number", call.number, result.dtype, tuple(result.shape))
         if base == "_local_scalar_dense":
+            if self.of(tensors[0]).kind == "number" and not isinstance(tensors[0], Opaque):
+                return self.of(tensors[0])  # of a number that the step made a tensor of
             raise NotRead("asks for a value of a tensor: torch.where takes the place of if")
         is_made = isinstance(result, Tensor | list | tuple) and tensors
         if not is_made or call.function.namespace != "aten":
@@ -274,7 +282,7 @@ class _Reader:
         """An operation on numbers, by torch."""
         result = call.result[0] if isinstance(call.result, list | tuple) else call.result
         if base in _SAME:
-            first, *others = map(self.of, _tensors_of(call))
+            first, *others = map(self.of, tensors_of(call))
             if result.numel() and all(other.name == first.name for other in others):
                 return first._replace(shape=tuple(result.shape))
             raise NotRead(f"has {base} of constants, which is not pointwise")
@@ -294,7 +302,7 @@ class _Reader:
         result = call.result
         if not isinstance(result, Tensor):
             raise NotRead(f"has {base} of parameters")
-        tensors = _tensors_of(call)
+        tensors = tensors_of(call)
         shape, first = tuple(result.shape), self.of(tensors[0])
         is_whole = any(tuple(t.shape) != self.of(t).shape for t in tensors)
         if result.numel() > 1 and shape in self.shapes:
@@ -371,7 +379,7 @@ class _Reader:
             raise NotRead(f"has {base}, which is not pointwise")
         if base == "index":
             return self._masked(call)
-        masks = {v.mask for v in map(self.of, _tensors_of(call)) if v.kind == "neuron"}
+        masks = {v.mask for v in map(self.of, tensors_of(call)) if v.kind == "neuron"}
         mask = "" if base == "index_put" else masks.pop()
         is_whole = isinstance(result, Tensor) and tuple(result.shape) in self.shapes
         if not (is_whole or mask) or (masks and base != "index_put"):
@@ -604,7 +612,7 @@ class _Reader:
         )
 
 
-def _tensors_of(call: Call) -> list[Tensor]:
+def tensors_of(call: Call) -> list[Tensor]:
     found: list[Tensor] = []
     for arg in (*call.args, *call.kwargs.values()):
         parts = arg if isinstance(arg, list | tuple) else [arg]

@@ -14,12 +14,13 @@ from torch.jit import ScriptFunction
 from .code import is_plain
 from .program import NotRead, Reading
 from .record import HOOKS, Neuron, Notes
+from .sequence import Layout, Loop
 from .trace import ONE_READING
 from .verify import verify
 
 #: class -> the names of attributes, modules and tensors that any of its neurons has read
 NAMES: dict[type, Notes] = {}
-#: (class, names, their values, sizes, engine) -> the reading, or why there is none
+#: (class, how it runs, names, their values, sizes, engine) -> the reading, or why there is none
 _READINGS: dict[Any, Reading | str] = {}
 #: what is equal to itself alone
 BY_IDENTITY = (type, FunctionType, BuiltinFunctionType, MethodType, property, ScriptFunction)
@@ -37,7 +38,7 @@ def read_neuron(
 
     def key() -> Any:
         names = tuple(filter(partial(has, node), (*notes.numbers, *notes.modules)))
-        neuron = Neuron(node, run, notes.tensors)
+        neuron = neuron_of(node, run, notes.tensors)
         tensors, states = neuron.tensors, tuple(neuron.states)
         per_channel = any(t.numel() != 1 for t in tensors.values())
         sizes = len(shape), shape[1:2] if per_channel else ()
@@ -47,7 +48,7 @@ def read_neuron(
             (name, plain_value(get(home))) for name, (home, get) in notes.outside.items()
         )
         values = names, values_of(node, names), functions, outside
-        return kind, values, sizes, shapes, states, engine
+        return kind, run, values, sizes, shapes, states, engine
 
     with ONE_READING:
         found = _READINGS.get(key())
@@ -59,22 +60,28 @@ def read_neuron(
         return found
 
 
+def neuron_of(node: Any, run: Any, only: Any = None) -> Neuron:
+    """How a module is read: by its step, or by its loop over time."""
+    return (Loop if isinstance(run, Layout) else Neuron)(node, run, only)
+
+
 def _read_and_check(
     node: Any, run: Any, shape: tuple[int, ...], notes: Notes, engine: Any, device: Any
 ) -> Reading | str:
     """A reading, after what it reads is noted; of other tensors of the node nothing is known."""
     try:
-        neuron = Neuron(node, run)
+        neuron = neuron_of(node, run)
         found = neuron.read(shape, notes)
         if any(name not in notes.tensors for name in neuron.tensors):
-            neuron = Neuron(node, run, notes.tensors)
+            neuron = neuron_of(node, run, notes.tensors)
             found = neuron.read(shape, notes)
-        if reason := verify(neuron, found, shape, engine, device):
+        check = neuron.verify if isinstance(neuron, Loop) else partial(verify, neuron)
+        if reason := check(found, shape, engine, device):
             kind = getattr(node, "_taid_kind", type(node))
             warnings.warn(f"{kind.__name__}: {reason}", RuntimeWarning, stacklevel=2)
             return reason
     except NotRead as error:
-        return f"its step {error}"
+        return f"its {'loop over time' if isinstance(run, Layout) else 'step'} {error}"
     return found
 
 

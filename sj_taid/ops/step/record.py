@@ -66,8 +66,9 @@ class Notes:
             self.outside |= check_code(type(owner), value)
         elif not is_plain(value):
             kind = type(value).__name__
+            remedy = "take a tuple" if "_memories" in vars(owner) else f"remove self.{path}"
             raise NotRead(
-                f"reads its attribute {path!r}, a {kind}, which may change unseen: take a tuple"
+                f"reads its attribute {path!r}, a {kind}, which may change unseen: {remedy}"
             )
         self.numbers[path] = None
         return value
@@ -143,7 +144,10 @@ def _recording_class(kind: Any) -> Any:
         own = vars(self)
         if name not in own.get("_memories", ()):
             what = "changes a module within it: sets" if own["_taid_notes"][2] else "sets"
-            raise NotRead(f"{what} its attribute {name!r}: register_memory makes it a state")
+            remedy = (
+                "register_memory makes it a state" if "_memories" in own else f"remove self.{name}"
+            )
+            raise NotRead(f"{what} its attribute {name!r}: {remedy}")
         own["_memories"][name] = value
 
     names: dict[str, Any] = {"__getattribute__": __getattribute__, "__setattr__": __setattr__}

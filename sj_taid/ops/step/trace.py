@@ -51,12 +51,12 @@ def trace_step(
         # Until no mask chooses one neuron alone, which torch treats otherwise.
         for seed in range(16):
             torch.default_generator.manual_seed(seed)
-            inputs = [_example(shape) for _ in range(1 + states)]
-            inputs += [_example(p.shape, p.dtype) for p in parameters]
-            upstream = [_example(shape).detach() for _ in range(1 + states)]
-            drawn = _random_states()
+            inputs = [example(shape) for _ in range(1 + states)]
+            inputs += [example(p.shape, p.dtype) for p in parameters]
+            upstream = [example(shape).detach() for _ in range(1 + states)]
+            drawn = random_states()
             calls, ends = _trace(step, states, inputs, upstream)
-            if _random_states() != drawn:
+            if random_states() != drawn:
                 raise NotRead("draws random numbers")
             if not any(call.name == "index" and call.result.numel() == 1 for call in calls):
                 break
@@ -65,7 +65,7 @@ def trace_step(
     return dict(zip(names, (*inputs, *upstream), strict=True)), calls, ends
 
 
-def _random_states() -> tuple[Any, ...]:
+def random_states() -> tuple[Any, ...]:
     """The states of Python's and numpy's random numbers; torch's are seen by its operations."""
     state: Any = np.random.get_state(legacy=False)  # noqa: NPY002
     return random.getstate(), repr(state["state"])
@@ -103,7 +103,7 @@ class Opaque(Tensor):
         return tree_map_only(Tensor, Opaque.of, result)
 
 
-def _example(shape: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+def example(shape: Any, dtype: torch.dtype = torch.float32) -> Tensor:
     """Random values; of half precision, which a plan is given as float32, in float32."""
     is_float = dtype.is_floating_point
     dtype = torch.float32 if is_float and dtype.itemsize < 4 else dtype
@@ -124,7 +124,7 @@ class Call(NamedTuple):
         return self.function._schema.name.split("::")[1]
 
 
-class _Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):
     """Notes every operation of torch, those of a backward too."""
 
     def __init__(self) -> None:
@@ -184,7 +184,7 @@ _ALIKE = frozenset(["is_floating_point", "is_complex", "is_signed", "is_cuda", "
 class _Asked(TorchFunctionMode):
     """Sees what Python asks of tensors: sizes become :class:`_Size`."""
 
-    def __init__(self, recorder: _Recorder, channels: tuple[int, ...]) -> None:
+    def __init__(self, recorder: Recorder, channels: tuple[int, ...]) -> None:
         super().__init__()
         self.recorder, self.known = recorder, (1, *channels)  # a reading is for as many channels
 
@@ -222,7 +222,7 @@ def _calls_from_spikingjelly() -> bool:
 
 def _trace(step: Step, states: int, inputs: Any, upstream: Any) -> tuple[list[Call], list[Any]]:
     """All operations of a step and of its gradient, and their results, or :class:`NotRead`."""
-    x, recorder = inputs[0], _Recorder()
+    x, recorder = inputs[0], Recorder()
     per_channel = any(p.numel() != 1 for p in inputs[1 + states :])
     asked = _Asked(recorder, x.shape[1:2] if per_channel else ())
     try:

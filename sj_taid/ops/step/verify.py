@@ -59,7 +59,7 @@ def verify(
             return (
                 f"its step does not compile ({kind}: {text[:100]}), so the plain class runs: {_ASK}"
             )
-        if any(_differs(a, b, is_end, reading.exact) for a, b, is_end in pairs):
+        if any(differs(a, b, is_end, reading.exact) for a, b, is_end in pairs):
             return (
                 "compiled, its step gives other values than in torch, so the plain class runs: "
                 + _ASK
@@ -86,7 +86,7 @@ def _results(
         starts = [0.0 if isinstance(s, Tensor) else float(s) for s in states]
     tensors = [t.detach().to(device, torch.float32, copy=True) for t in neuron.tensors.values()]
     found = []
-    for run in (neuron.run_sequence, partial(_run, engine, reading, starts)):
+    for run in (neuron.run_sequence, partial(run_plan, engine, reading, starts)):
         given, split = [x, *states, *tensors], 1 + len(states)
         given = [t.clone().requires_grad_() if isinstance(t, Tensor) else t for t in given]
         ends = run(given[0], given[1:split], given[split:])
@@ -103,7 +103,7 @@ def _results(
     return [(a, b, k <= len(states)) for k, (a, b) in enumerate(results)]
 
 
-def _run(
+def run_plan(
     engine: Any, reading: Reading, starts: Any, x: Tensor, states: Any, tensors: Any
 ) -> list[Tensor]:
     plan = find_plan(engine, spec_of(x, reading, saves=True))
@@ -112,7 +112,7 @@ def _run(
     return [output, *last]
 
 
-def _differs(a: Tensor | None, b: Tensor | None, is_end: bool, exact: bool) -> bool:
+def differs(a: Tensor | None, b: Tensor | None, is_end: bool, exact: bool) -> bool:
     """Whether two results are too far apart; of an exact reading ends are equal to the bit."""
     if a is None or b is None:
         return any(t is not None and bool(t.detach().any()) for t in (a, b))

@@ -22,7 +22,7 @@ from sj_taid.ops.step import cpu
 from sj_taid.ops.step.program import NotRead
 from sj_taid.ops.step.read import read
 from sj_taid.ops.step.readings import NAMES, read_neuron
-from sj_taid.ops.step.verify import _run
+from sj_taid.ops.step.verify import run_plan
 from tests.nets import own_neurons
 
 #: ``[N, *]``: images, rows of features, one channel, one neuron, a batch of one
@@ -164,7 +164,7 @@ def check(step):
         reading = read(step, step.states, leaves[1 + step.states :], step.shape)
     except NotRead:
         return False
-    got = results(partial(_run, cpu.ENGINE, reading, [0.0] * step.states), step, leaves)
+    got = results(partial(run_plan, cpu.ENGINE, reading, [0.0] * step.states), step, leaves)
     want = results(partial(by_torch, step), step, leaves)
     exact = results(partial(by_torch, step), step, leaves_of(step, torch.float64))
     ends = 1 + step.states
