@@ -48,7 +48,7 @@ test-legacy: install $(LEGACY) ## Test the library on SpikingJelly 0.0.0.0.14
 kernels: install ## Test every combination of the CUDA kernels' options; minutes
 	$(BIN)/python -m pytest -m kernels
 
-fuzz: install ## Test 2,000 random calls of the neuron and 2,000 random nets; minutes
+fuzz: install ## Test 2,000 random calls of the neuron, 2,000 random nets and 1,000 random steps; minutes
 	$(BIN)/python -m pytest -m fuzz
 
 docs: install ## Make HTML in build/docs

@@ -51,8 +51,8 @@ def map_batch(rule: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any
 
 
 def gradients(roots: Any, leaves: Any, upstream: Any) -> tuple[Any, ...]:
-    """``torch.autograd.grad`` that leaves a mode of Python's functions on in backward."""
-    return _engine_run_backward(roots, upstream, False, False, tuple(leaves), True, False)
+    """``torch.autograd.grad``, to be asked again; it leaves a mode of functions on in backward."""
+    return _engine_run_backward(roots, upstream, True, False, tuple(leaves), True, False)
 
 
 def recomputation() -> int | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from functools import lru_cache
+from operator import and_
 from typing import Any
 
 import torch
@@ -137,12 +138,14 @@ def _differentiate(ctx: Any, found: Any) -> tuple[Any, ...]:
     needs_x, of_states, of_parameters = ctx.needs
     left = iter(of_states)
     needs = [needs_x, *(start and next(left) for start in starts), *of_parameters]
+    _, found_by = _READINGS[key].program.used(tuple(given[:-1]), given[-1], len(x))
+    needs = [*map(and_, needs, found_by)]
     about = x, states, starts, v_init, parameters, key
     grad_x, *rest = neuron_backward([g for g in grads if g is not None], given, *about, needs)
     rest = [grad if need else None for grad, need in zip(rest, needs[1:], strict=True)]
     last = len(starts)
     of_states = [grad for grad, start in zip(rest[:last], starts, strict=True) if start]
-    return grad_x if needs_x else None, of_states, None, None, rest[last:], None, None
+    return grad_x if needs[0] else None, of_states, None, None, rest[last:], None, None
 
 
 neuron.register_autograd(_differentiate, setup_context=_save)

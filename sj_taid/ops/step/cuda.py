@@ -123,7 +123,7 @@ class CudaPlan(Plan):
         padded = *self.pad(operands), *outputs[:first], *self.no_state, *outputs[first:]
         launch(*padded, v_init=v_init or (0.0,))
 
-    def prepare(self, needs: Any, wanted: tuple[int, ...]) -> Callable[..., None]:
+    def prepare(self, needs: Any, wanted: tuple[int, ...], used: Any) -> Callable[..., None]:
         launches = cache(partial(_prepare_backward, self.spec, needs, wanted))
         return partial(self.start_backward, launches)
 

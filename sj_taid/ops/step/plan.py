@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from functools import lru_cache, partial
+from operator import and_
 from typing import Any, NamedTuple
 
 import torch
@@ -76,9 +77,10 @@ class Plan:
     #: starts forward's kernels on ``v_init``, operands (with values of parameters for parameters)
     #: and outputs
     start_forward: Callable[..., None]
-    #: ``prepare(needs, wanted)`` gives what starts backward's: on ``v_init``, the same operands,
-    #: ``upstream``, the gradients of x, states, weight and bias, and the totals that are ``wanted``
-    prepare: Callable[[Any, tuple[int, ...]], Callable[..., None]]
+    #: ``prepare(needs, wanted, used)`` gives what starts backward's: on ``v_init``, the same
+    #: operands, ``upstream``, the gradients of x, states, weight and bias, and the totals that are
+    #: ``wanted``; ``used`` is what :meth:`.Program.used` says of each step
+    prepare: Callable[[Any, tuple[int, ...], Any], Callable[..., None]]
 
     def __init__(
         self,
@@ -141,13 +143,17 @@ class Plan:
     ) -> tuple[Tensor | None, ...]:
         """The gradients of x, states, parameters, weight and bias; ``None`` if not needed.
 
-        ``needs`` says of which, once of weight and bias. ``upstream`` are those of spikes, last
-        states and every voltage, in the memory order of the spec, the first in its dtype, the
-        others float32; and the checkpoint. The gradient of x has the shape and strides of x; those
-        of parameters are float32.
+        So are those that torch has none of. ``needs`` says of which, once of weight and bias.
+        ``upstream`` are those of spikes, last states and every voltage, in the memory order of the
+        spec, the first in its dtype, the others float32; and the checkpoint. The gradient of x has
+        the shape and strides of x; those of parameters are float32.
         """
         first, last = self.first, self.last
-        start, shapes, after = self.backwards.get(needs) or self._prepare(needs)
+        used: list[bool] = []
+        for grad in upstream[: first + 1]:
+            used.append(grad is not None)
+        known = self.backwards.get((needs, *used))
+        needs, start, shapes, after = known or self._prepare(needs, *used)
         grad_x = self.new_like(operands[0]) if needs[0] else None
         grad_v0: list[Any] = []
         for need in needs[1:first]:
@@ -167,16 +173,24 @@ class Plan:
             learned = after(*parameters, *values, *totals)
         return grad_x, *grad_v0, *learned, weight, bias
 
-    def _prepare(self, needs: Any) -> Any:
-        """What starts backward's kernels, the shapes of totals, and what makes gradients of them.
+    def _prepare(self, needs: Any, *used: bool) -> Any:
+        """The needs, what starts kernels, totals' shapes, and what makes gradients of totals.
 
-        The shape is ``None`` for a total that is not needed.
+        The needs are those that there is a way to from what is ``used``; the shape is ``None`` for
+        a total that is not needed.
         """
-        formulas, learns = self.spec.reading.formulas, needs[self.first : self.last]
+        key, reading = (needs, *used), self.spec.reading
+        each, found = reading.program.used(used[:-1], used[-1], self.spec.steps)
+        needs = tuple(map(and_, needs, (*found, found[0])))
+        formulas, learns = reading.formulas, needs[self.first : self.last]
         wanted = formulas.totals_of(learns)
         shapes = [s if k in wanted else None for k, s in enumerate(formulas.total_shapes)]
         after = formulas.after(learns, self.spec.device) if any(learns) else None
-        return self.backwards.setdefault(needs, (self.prepare(needs, wanted), shapes, after))
+        start = self.prepare(needs, wanted, each) if any(needs) else _nothing
+        return self.backwards.setdefault(key, (needs, start, shapes, after))
+
+
+def _nothing(*tensors: Any) -> None: ...
 
 
 def _pack_above(pack: Any, levels: int, least: int, values: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
+from operator import or_
 from typing import Any, NamedTuple
 
 import torch
@@ -28,10 +29,57 @@ class Program(NamedTuple):
     outputs: tuple[str, ...]  #: the output and the next states
     grads: tuple[str, ...]  #: the gradients of the input and the states
     totals: tuple[str, ...]  #: what is summed over neurons
+    #: to which of input, states and parameters gradients go from the output and each next state
+    reach: tuple[tuple[bool, ...], ...]
 
     @property
     def states(self) -> int:
         return len(self.outputs) - 1
+
+    def used(self, given: tuple[bool, ...], every: bool, steps: int) -> tuple[Any, tuple[Any, ...]]:
+        """Where gradients are, in torch: at each step, and of input, states and parameters.
+
+        ``given``: of the outputs and which last states there are some; ``every``: of each voltage.
+        From the last step back, it is said of the output and the next states, until it stays so.
+        """
+        nowhere = (False,) * len(self.reach[0])
+        now, found, reached = given, nowhere, nowhere
+        each: list[tuple[bool, ...]] = []
+        while len(each) < steps:
+            now = *now[:1], *(used or (every and k == 0) for k, used in enumerate(now[1:]))
+            if now in each[-1:]:
+                break
+            each.append(now)
+            ways = [way for way, used in zip(self.reach, now, strict=True) if used]
+            reached = tuple(map(any, zip(nowhere, *ways, strict=True)))
+            found = tuple(map(or_, found, reached))
+            now = *now[:1], *reached[1 : len(now)]
+        first, rest = each[:MOST_STATES], each[MOST_STATES:]
+        if rest:  # in turns, which a kernel has no lines for
+            first.append(tuple(any(used) for used in zip(*rest, strict=True)))
+        return first, (*found[:1], *reached[1 : len(now)], *found[len(now) :])
+
+    def only(self, used: Sequence[bool]) -> Program:
+        """The program where but these of output and next states have a gradient: not 0, none."""
+        names = ["g", *(f"g{k}" for k in range(self.states))]
+        gone = {name for name, is_used in zip(names, used, strict=True) if not is_used}
+        gradients, same, lines = {*names}, dict.fromkeys(gone, "0"), []
+        for k, (op, args) in enumerate(self.lines):
+            name, found = f"t{k}", [a for a in args if a in gradients]
+            left = tuple(same.get(a, a) for a in args)
+            if found:
+                gradients.add(name)
+            if found and gone.issuperset(found):
+                gone.add(name)
+                same[name] = "0"
+            elif op in ("add", "sub") and args[1] in gone:
+                same[name] = left[0]
+            elif op in ("add", "sub") and args[0] in gone:
+                op, left = ("neg", left[1:]) if op == "sub" else ("add", (left[1], "0"))
+            lines.append((op, left))
+        grads = tuple(same.get(name, name) for name in self.grads)
+        totals = tuple(same.get(name, name) for name in self.totals)
+        return self._replace(lines=tuple(lines), grads=grads, totals=totals)
 
     def needed(self, roots: Sequence[str]) -> list[int]:
         """The lines that the ``roots`` are computed from, in order."""

@@ -62,7 +62,7 @@ def _read_once(step: Step, states: int, parameters: Sequence[Tensor], shape: Any
     return read_calls(*trace_step(step, states, parameters, shape), states, shape)
 
 
-def read_calls(given: Any, calls: Any, ends: Any, states: int, shape: Any) -> Reading:
+def read_calls(given: Any, calls: Any, ends: Any, reach: Any, states: int, shape: Any) -> Reading:
     """The calls of a step and its gradient, as :func:`.trace.trace_step` gives them."""
     reader = _Reader(given, tuple(shape))
     for call in calls:
@@ -72,7 +72,7 @@ def read_calls(given: Any, calls: Any, ends: Any, states: int, shape: Any) -> Re
             raise NotRead(f"has {call.name}, which is not understood") from error
     outputs = [reader.root(end) for end in ends[: 1 + states]]
     grads = [reader.root(end) for end in ends[1 + states : 2 + 2 * states]]
-    return reader.reading(outputs, grads, ends[2 + 2 * states :])
+    return reader.reading(outputs, grads, reach, ends[2 + 2 * states :])
 
 
 class _Value(NamedTuple):
@@ -573,10 +573,12 @@ class _Reader:
             return _Range(float(name), float(name), True)
         return self.ranges.get(name)
 
-    def reading(self, outputs: list[str], grads: list[str], of_parameters: list[Any]) -> Reading:
+    def reading(
+        self, outputs: list[str], grads: list[str], reach: Any, of_parameters: list[Any]
+    ) -> Reading:
         """All of it, with what belongs to parameters as functions of torch."""
         sums = tuple(name for _, name in self.totals)
-        program = Program(tuple(self.lines), tuple(outputs), tuple(grads), sums)
+        program = Program(tuple(self.lines), tuple(outputs), tuple(grads), sums, reach)
         low, high, is_whole, has_nan = self._range(outputs[0]) or _Range(0.0, 0.0, False)
         high += high - low == 1 and (low < 0 or has_nan)  # one bit has no sign, and no NaN
         known = is_whole and 0 < high - low <= LARGEST_COUNT

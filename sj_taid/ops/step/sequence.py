@@ -24,7 +24,7 @@ from .code import check_code
 from .program import MOST_STATES, NotRead, Reading
 from .read import FULL, odd_shapes, read_calls, tensors_of
 from .record import Neuron, Notes, recording
-from .trace import ONE_READING, Call, Opaque, Recorder, example, random_states, same
+from .trace import ONE_READING, Call, Opaque, Recorder, example, find_reach, random_states, same
 from .verify import differs, run_plan
 
 #: steps of a trace, if the module does not say how many; and of the check
@@ -87,8 +87,9 @@ class Loop(Neuron):
         if steps < 3:
             raise NotRead(f"takes sequences of {steps} steps alone, too few to tell them apart")
         for odd in odd_shapes(shape, per_channel, (steps,)):
-            given, calls, ends, starts = _trace(self._forward, self.layout, steps, tensors, odd)
-            reading = read_calls(given, calls, ends, len(starts), odd)
+            *found, starts = _trace(self._forward, self.layout, steps, tensors, odd)
+            given, calls, ends, reach = found
+            reading = read_calls(given, calls, ends, reach, len(starts), odd)
             readings.append(reading._replace(starts=starts))
         if readings[0] != readings[1]:
             raise NotRead("depends on the shape of its input")
@@ -600,13 +601,16 @@ class _Steps:
             with tracker:
                 made = iter(graph.gradients(roots, learned, gs))
             grads = [next(made) if t.requires_grad else None for t in inputs]
-        backward = tracker.calls[forward:]
+        backward, reach = tracker.calls[forward:], find_reach(ends, upstream, inputs)
+        # Parameters may have made the states before step 0, too.
+        learns = tuple(map(any, zip(*(way[1 + size :] for way in reach), strict=True)))
+        reach = tuple(way[: 1 + size] + learns for way in reach)
         needed = {id(t): t for call in backward for t in tensors_of(call)}
         calls = self._needed(tracker, [*ends, *needed.values()], {id(t) for t in inputs}, forward)
         names = ["x", *(f"s{k}" for k in range(size)), *(f"w{k}" for k in range(len(tensors)))]
         names += ["g", *(f"g{k}" for k in range(size))]
         given = dict(zip(names, (*inputs, *upstream), strict=True))
-        return given, [*calls, *backward], [*ends, *grads]
+        return given, [*calls, *backward], [*ends, *grads], reach
 
     def _needed(self, tracker: _Tracker, roots: Any, given: set[int], forward: int) -> list[Call]:
         """The calls that make the roots of what is given, in their order."""

@@ -31,12 +31,12 @@ NEW = ("arange", "lift_fresh", "lift_fresh_copy")
 
 def trace_step(
     step: Step, states: int, parameters: Sequence[Tensor], shape: Sequence[int]
-) -> tuple[dict[str, Tensor], list[Call], list[Any]]:
+) -> tuple[dict[str, Tensor], list[Call], list[Any], Any]:
     """What a step was given, by name, all operations of it and its gradient, and their results.
 
     Names are ``x``, ``s0`` (states), ``w0`` (parameters), ``g`` and ``g0`` (gradients of the output
     and the next states). Results are the output, the next states, and the gradients of what was
-    given; ``None`` for what has none.
+    given; ``None`` for what has none. Last, as :attr:`.Program.reach`, what each alone has them of.
     """
     if states > MOST_STATES:
         raise NotRead(f"has more than {MOST_STATES} states")
@@ -55,14 +55,14 @@ def trace_step(
             inputs += [example(p.shape, p.dtype) for p in parameters]
             upstream = [example(shape).detach() for _ in range(1 + states)]
             drawn = random_states()
-            calls, ends = _trace(step, states, inputs, upstream)
+            calls, ends, reach = _trace(step, states, inputs, upstream)
             if random_states() != drawn:
                 raise NotRead("draws random numbers")
             if not any(call.name == "index" and call.result.numel() == 1 for call in calls):
                 break
     names = ["x", *(f"s{k}" for k in range(states)), *(f"w{k}" for k in range(len(parameters)))]
     names += ["g", *(f"g{k}" for k in range(states))]
-    return dict(zip(names, (*inputs, *upstream), strict=True)), calls, ends
+    return dict(zip(names, (*inputs, *upstream), strict=True)), calls, ends, reach
 
 
 def random_states() -> tuple[Any, ...]:
@@ -220,7 +220,7 @@ def _calls_from_spikingjelly() -> bool:
     return home.partition(".")[0] == "spikingjelly"
 
 
-def _trace(step: Step, states: int, inputs: Any, upstream: Any) -> tuple[list[Call], list[Any]]:
+def _trace(step: Step, states: int, inputs: Any, upstream: Any) -> tuple[Any, ...]:
     """All operations of a step and of its gradient, and their results, or :class:`NotRead`."""
     x, recorder = inputs[0], Recorder()
     per_channel = any(p.numel() != 1 for p in inputs[1 + states :])
@@ -241,6 +241,7 @@ def _trace(step: Step, states: int, inputs: Any, upstream: Any) -> tuple[list[Ca
                 with asked:
                     found = iter(graph.gradients(roots, learned, gs))
                 grads = [next(found) if i.requires_grad else None for i in inputs]
+        reach = find_reach(ends, upstream, inputs)
     except NotRead:
         raise
     except Exception as error:
@@ -254,4 +255,16 @@ def _trace(step: Step, states: int, inputs: Any, upstream: Any) -> tuple[list[Ca
         raise NotRead(f"could not be traced: {type(error).__name__}: {text}"[:200]) from error
     if recorder.error is not None:
         raise recorder.error
-    return recorder.calls, [*ends, *grads]
+    return recorder.calls, [*ends, *grads], reach
+
+
+def find_reach(ends: Any, upstream: Any, inputs: Any) -> tuple[tuple[bool, ...], ...]:
+    """Of which inputs each result alone has gradients, be they 0."""
+    learned, ways = [i for i in inputs if i.requires_grad], []
+    for end, g in zip(ends, upstream, strict=True):
+        grads: Any = [None] * len(learned)
+        if end.requires_grad:
+            grads = graph.gradients((end,), learned, (g,))
+        found = iter(grads)
+        ways.append(tuple(i.requires_grad and next(found) is not None for i in inputs))
+    return tuple(ways)

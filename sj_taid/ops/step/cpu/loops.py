@@ -48,6 +48,10 @@ TOTALS = OPERANDS + MOST_OPERANDS
 V0, V, GRAD_V, GRAD_V0, ADDRESSES = (TOTALS + MOST_TOTALS + k * MOST_STATES for k in range(5))
 
 
+#: rows backward: until all states that are used have a gradient, from the last step back
+LAST_ROWS = MOST_STATES + 1
+
+
 class Arguments(ctypes.Structure):
     """What a kernel is called with: counters, addresses (0 for no tensor), sizes and options."""
 
@@ -60,12 +64,16 @@ class Arguments(ctypes.Structure):
                 *("parts", "ranges", "part_size", "block", "room", "group", "whole"),
                 *("sums_size", "scratch_size", "steps", "neurons", "inner", "channels"),
                 *("norm", "norm_sums", "ab", "sums_only", "unpacks"),
-                *("forward_row", "backward_row", "states", "operands", "totals"),
+                *("forward_row", "states", "operands", "totals"),
                 # rows of scratch memory, as text.Layout has them
                 *("mean_row", "grad_row", "sums_row", "spike_row", "bits_row", "grad_y_row"),
                 *("spare_row", "state_row"),
             )
         ),
+        (
+            "backward_rows",
+            ctypes.c_int64 * LAST_ROWS,
+        ),  #: of the last step, and so on
         ("operand_channels", ctypes.c_int64 * MOST_OPERANDS),  #: whether each is one per channel
         ("total_channels", ctypes.c_int64 * MOST_TOTALS),
         ("v_init", ctypes.c_float * MOST_STATES),
@@ -571,7 +579,8 @@ def _backward_block(a, scratch, part, here, inside, n):
             _fetch(grad_spike, -a.neurons, n)
         x, states = _at_step(a.at[X], a, t, here), _states(scratch, a, t)
         grad_y, constants = _grad_row(scratch, a, t, here, inside), _at(a.at[CONSTANTS], 0)
-        _call_row(a.backward_row, (_row(scratch, 0), x, states, grad_spike, grad_y, constants, n))
+        row = a.backward_rows[min(a.steps - 1 - t, LAST_ROWS - 1)]
+        _call_row(row, (_row(scratch, 0), x, states, grad_spike, grad_y, constants, n))
         if a.at[GRAD_X] and not a.whole and not a.sums_only:
             _store_grad_x(scratch, a, t, here, inside, n, -a.neurons)
     for k in range(a.states):

@@ -11,6 +11,7 @@ from torch import Tensor
 from ... import bits
 from .. import autograd, fused
 from ..plan import ENGINES, Engine, Plan, Spec
+from ..program import Program
 from ..text import Layout
 from . import loops, rows, threads
 from .norm import plan_norm
@@ -37,7 +38,7 @@ class CpuPlan(Plan):
         self.options = {
             **self.layout.fields(),
             "norm": spec.norm,
-            "forward_row": self._row(None),
+            "forward_row": self._row(program, None),
             "least": float(neuron.least or 0),
             "levels": neuron.levels,
             "count": spec.steps * spec.neurons / max(spec.channels, 1),
@@ -56,9 +57,8 @@ class CpuPlan(Plan):
         outputs = loops.SPIKE, *(loops.V + k for k in states), loops.V_SEQ, _NOWHERE, loops.BITS
         self.forwards = self._call(loops.forward, (*self.places, *outputs))
 
-    def _row(self, totals: tuple[int, ...] | None) -> int:
-        spec = self.spec
-        return rows.address_of(spec.reading.program, self.layout.key, spec.norm, totals)
+    def _row(self, program: Program, totals: tuple[int, ...] | None) -> int:
+        return rows.address_of(program, self.layout.key, self.spec.norm, totals)
 
     def _call(
         self, kernel: Any, places: Any, *passes: Any, whole: bool = False, **options: Any
@@ -72,7 +72,7 @@ class CpuPlan(Plan):
     def start_forward(self, v_init: Any, operands: Any, outputs: Any) -> None:
         self.forwards(v_init, *operands, *outputs)
 
-    def prepare(self, needs: Any, wanted: tuple[int, ...]) -> Call:
+    def prepare(self, needs: Any, wanted: tuple[int, ...], used: Any) -> Call:
         """The call: in two passes where the gradients of x need a norm's sums first."""
         spec = self.spec
         needs_sums = spec.norm and not spec.fixed_norm and needs[0]
@@ -87,8 +87,11 @@ class CpuPlan(Plan):
         of_norm = loops.GRAD_WEIGHT, loops.GRAD_BIAS
         sums = [loops.TOTALS + k for k in range(self.layout.totals)]
         places = *self.places, *upstream, loops.GRAD_V_SEQ, _NOWHERE, *grads, *of_norm, *sums
-        row = self._row(wanted)
-        return self._call(loops.backward, places, *passes, whole=whole, backward_row=row)
+        program = spec.reading.program
+        found = [self._row(program.only(now), wanted) for now in used]
+        found += found[-1:] * (loops.LAST_ROWS - len(found))
+        options: Any = {"whole": whole, "backward_rows": tuple(found)}
+        return self._call(loops.backward, places, *passes, **options)
 
     def _has_channels_in_cache(self) -> bool:
         """Whether all values of the channels of a part, at least one, fit the cache."""
