@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 import warnings
+import weakref
 from collections.abc import Callable
 from functools import partial
 from math import copysign
 from operator import attrgetter
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -23,10 +23,17 @@ from .ops import backends
 from .ops.bits import is_dense
 from .ops.step import compiled
 from .ops.step.autograd import apply_fused
-from .ops.step.code import is_own, is_plain
-from .ops.step.plan import Plan, Plans, Spec, arranged, find_plan, spec_of
+from .ops.step.plan import ENGINES, Plan, Plans, Spec, arranged, find_plan, spec_of
 from .ops.step.program import Reading
-from .ops.step.readings import BY_IDENTITY, NAMES, has, neuron_of, plain_value, read_neuron
+from .ops.step.readings import (
+    BY_IDENTITY,
+    NAMES,
+    forget,
+    has,
+    neuron_of,
+    plain_value,
+    read_neuron,
+)
 from .ops.step.record import HOOKS, Notes
 from .ops.step.reference import state_dtype
 from .ops.step.sequence import Layout
@@ -34,8 +41,6 @@ from .ops.step.sequence import Layout
 #: the kinds of tensors that a plan takes
 _TAKES = (Tensor, nn.Parameter, Kept)
 _NUMBERS = (bool, int, float, type(None), str, *BY_IDENTITY)
-#: what runs a sequence's steps
-_SEQUENCES = ("multi_step_forward", "multi_step_functional_forward")
 
 
 class View(NamedTuple):
@@ -43,10 +48,9 @@ class View(NamedTuple):
 
     names: tuple[str, ...]  #: the attributes that are a part of the key
     numbers: Callable[[Any], tuple[Any, ...]]  #: gives their values
-    functions: tuple[str, ...]  #: of its class, none of which may be replaced in it alone
-    #: the modules within, which must have no hooks, what gives their attributes, their functions
-    modules: tuple[tuple[str, Any, tuple[str, ...]], ...]
-    outside: tuple[Any, ...]  #: what has what its code names, and what gives it: .code.check_code
+    #: the modules within, which must have no hooks, and what gives their attributes
+    modules: tuple[tuple[str, Any], ...]
+    outside: tuple[tuple[Any, Any], ...]  #: what has the numbers that its code names, and getters
     tensor_names: tuple[str, ...]
     #: gives parameters, buffers and such, if there are any
     tensors: Callable[[Any], tuple[Any, ...]] | None
@@ -54,9 +58,8 @@ class View(NamedTuple):
 
     @property
     def key(self) -> tuple[Any, ...]:
-        within = tuple((name, functions) for name, _, functions in self.modules)
-        read = self.names, self.functions, within, len(self.outside)
-        return *read, self.tensor_names, self.per_channel
+        within = tuple(name for name, _ in self.modules)
+        return self.names, within, len(self.outside), self.tensor_names, self.per_channel
 
 
 class _Call(NamedTuple):
@@ -88,6 +91,16 @@ class FusedNeuron:
     _taid_name = ""  # its path in the net, which errors say
     #: runs one step of a copy: :class:`.ops.step.record.Neuron`
     _taid_step: Any
+
+    def train(self, mode: bool = True) -> Any:
+        """As of its class; and its step's code is read again, since it may be another now.
+
+        At the next call; at once if it is in a graph of torch.compile, which cannot read it.
+        """
+        node: Any = super().train(mode)  # type: ignore[misc]
+        if not torch.compiler.is_compiling():
+            read_again(node)
+        return node
 
     def _taid_strides(self, shape: torch.Size, strides: tuple[int, ...]) -> tuple[int, ...]:
         """The strides of the plain neuron's spikes for an input of these."""
@@ -181,23 +194,17 @@ def _look(node: Any, plans: Plans) -> View:
     notes = NAMES.setdefault(getattr(node, "_taid_kind", type(node)), Notes())
     names = tuple(filter(partial(has, node), notes.numbers))
     own = [n for n in names if "." not in n and not isinstance(getattr(node, n), Tensor)]
-    functions = tuple(n for n in notes.functions if "." not in n)
     kind = "_taid_kind" if isinstance(node, Accelerated) else "__class__"
-    called = (*functions, *_SEQUENCES)
-    own += [f"{kind}.{n}" for n in called if has(node, f"{kind}.{n}")]
     modules = []
     for module in notes.modules:
         start = f"{module}."
         inner = [n.removeprefix(start) for n in names if n.startswith(start)]
-        within = tuple(n.removeprefix(start) for n in notes.functions if n.startswith(start))
-        inner += [f"__class__.{n}" for n in within if has(node, f"{start}__class__.{n}")]
-        modules.append((module, attrgetter("__class__", "__class__", *inner), within))
+        modules.append((module, attrgetter("__class__", "__class__", *inner)))
     tensors = neuron_of(node, node._taid_step, notes.tensors).tensors
     per_channel = any(t.numel() != 1 for t in tensors.values())
-    numbers = attrgetter("__class__", "_fused_backend", *own)
+    numbers = attrgetter(kind, "_fused_backend", *own)
     given = getattr(type(node), "_taid_tensors", None) or _getter(tuple(tensors))
-    outside = tuple(notes.outside.values())
-    read = names, numbers, functions, tuple(modules), outside
+    read = names, numbers, tuple(modules), tuple(notes.outside.values())
     plans.view = View(*read, tuple(tensors), given, per_channel)
     return plans.view
 
@@ -257,12 +264,10 @@ def _find_call(
 
 def _numbers_of(node: Any, view: View) -> tuple[Any, ...]:
     """What a call depends on but tensors, and how many hooks and functions of its own it has."""
-    numbers, hooked = view.numbers(node), len(node.__dict__.keys() & view.functions)
-    for name, attributes, functions in view.modules:
+    numbers, hooked = view.numbers(node), 0
+    for name, attributes in view.modules:
         module = node._modules.get(name)
         numbers += attributes(module)
-        if module is not None:
-            hooked += len(module.__dict__.keys() & functions)
         for hooks in HOOKS:
             hooked += len(getattr(module, hooks, None) or ())
     for home, get in view.outside:
@@ -377,53 +382,64 @@ class InGraphs(NamedTuple):
     """What torch.compile needs of a neuron, to make one operator of it."""
 
     keys: dict[int, str]  #: the number of axes of a step -> the name of its reading
-    numbers: tuple[tuple[tuple[str, ...], Any], ...]  #: attributes, and their values then
-    #: its own name "" and modules within; their classes; functions, and what these were then
-    modules: tuple[tuple[str, type, tuple[tuple[str, Any], ...]], ...]
-    #: modules of Python and classes, names in them, and the functions or classes of these names
-    outside: tuple[tuple[Any, str, Any], ...]
+    #: attributes, and their values then
+    numbers: tuple[tuple[tuple[str, ...], Any], ...]
+    modules: tuple[tuple[str, type], ...]  #: modules within, and their classes
     tensors: tuple[tuple[str, torch.Size], ...]  #: and their shapes
     channels: int  #: of the tensors of several values; 0 without
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> InGraphs:
-        return self
-
-    def __reduce__(self) -> Any:  # a pickle cannot take every function along
-        return type(None), ()
+    shapes: tuple[tuple[int, ...], ...]  #: of inputs that its step was read for
+    device: torch.device
 
 
-def note_for_graphs(node: Any, readings: dict[int, Reading]) -> None:
-    """Note what a neuron's readings, by their numbers of axes, depend on."""
-    plans = Plans()
-    view = _look(node, plans)
-    read = [(home, get, get(home)) for home, get in view.outside]
-    # Functions of torch's and bound ones are not compared in a graph.
-    outside = tuple(_definition_of(*o) for o in read if is_plain(o[2]) or is_own(o[2]))
-    if None in outside:
-        return  # which torch.compile may not see
+def note_for_graphs(node: Any, readings: dict[int, Reading], shapes: Any, device: Any) -> None:
+    """Note for torch.compile what a neuron's readings, by their numbers of axes, depend on.
+
+    ``shapes``: of inputs ``[N, *]`` on ``device``, to read it for again.
+    """
+    view = _look(node, Plans())
     keys = {axes: compiled.key_of(reading) for axes, reading in readings.items()}
     numbers = tuple((tuple(n.split(".")), attrgetter(n)(node)) for n in view.names)
-    called: list[Any] = [("", node._taid_kind, {*view.functions, *_SEQUENCES})]
-    called += [(name, type(node._modules.get(name)), names) for name, _, names in view.modules]
-    modules = tuple(
-        (name, kind, tuple((n, getattr(kind, n)) for n in names if hasattr(kind, n)))
-        for name, kind, names in called
-    )
+    modules = tuple((name, type(node._modules.get(name))) for name, _ in view.modules)
     tensors = tuple((name, getattr(node, name).shape) for name in view.tensor_names)
     channels = max((shape.numel() for _, shape in tensors if shape.numel() != 1), default=0)
-    if all(type(value) in (*_NUMBERS, tuple) for _, value in numbers):
-        about: Any = outside, tensors, channels
-        node.__dict__["_taid_in_graphs"] = InGraphs(keys, numbers, modules, *about)
+    is_known = all(type(value) in (*_NUMBERS, tuple) for _, value in numbers)
+    about: Any = numbers, modules, tensors, channels, tuple(shapes), device
+    node.__dict__["_taid_in_graphs"] = InGraphs(keys if is_known else {}, *about)
 
 
-def _definition_of(home: Any, get: Any, value: Any) -> tuple[Any, str, Any] | None:
-    """A module or class, a name in it and what it stands for; ``None`` of a number or a cell."""
-    _, (name,) = get.__reduce__()
-    if isinstance(home, dict):  # the globals of a function
-        module: Any = sys.modules.get(home.get("__name__", ""))
-        home = module if module is not None and vars(module) is home else None
-    is_home = isinstance(home, type | ModuleType)
-    return (home, name, value) if is_home and is_own(value) else None
+class _Sweep:
+    """A call of ``train()`` or ``eval()`` of a net, which calls that of each neuron in it."""
+
+    def __init__(self, root: Any) -> None:
+        self.root = weakref.ref(root)
+        self.seen: Any = weakref.WeakSet()  #: the neurons that were called
+        self.kinds: set[type] = set()  #: their classes, which are read once
+
+
+_sweep = _Sweep(nn.Identity())
+
+
+def read_again(node: Any) -> None:
+    """Read the code of a neuron's step again, as it is now: at its next call, or in a graph now."""
+    global _sweep
+    frame, root = sys._getframe(2), node
+    while frame.f_code is nn.Module.train.__code__:
+        root, frame = frame.f_locals["self"], frame.f_back  # type: ignore[assignment]
+    if _sweep.root() is not root or node in _sweep.seen:  # another, or the next of the same net
+        _sweep = _Sweep(root)
+    kind = getattr(node, "_taid_kind", type(node))
+    if kind not in _sweep.kinds:
+        forget(kind)
+    _sweep.seen.add(node)
+    _sweep.kinds.add(kind)
+    node.__dict__.pop("_taid_plans", None)
+    known = node.__dict__.get("_taid_in_graphs")
+    if known is not None and kind in compiled.KINDS:
+        about = node._taid_step, ENGINES[known.device.type], known.device
+        found = {len(shape): read_neuron(node, shape, *about) for shape in known.shapes}
+        read = {axes: one for axes, one in found.items() if isinstance(one, Reading)}
+        read = {} if compat.why_not_stepwise(kind) else read
+        note_for_graphs(node, read, known.shapes, known.device)
 
 
 def run_in_graph(
@@ -435,7 +451,7 @@ def run_in_graph(
     if known is None or backends.resolve(node._fused_backend, x_seq).engine is None:
         return None
     key = known.keys.get(x_seq.dim() - 1, "")
-    if not compiled.is_known(key) or not _is_as_noted(node, known):
+    if not compiled.is_known(key, node._taid_kind) or not _is_as_noted(node, known):
         return None
     dtype = state_dtype(x_seq.dtype)
     dtypes = x_seq.dtype, dtype  # torch promotes tensors of several dtypes
@@ -463,17 +479,11 @@ def _is_as_noted(node: Any, known: InGraphs) -> bool:
             value = getattr(value, name)
         if value != wanted or type(value) is not type(wanted):
             return False
-    for home, name, wanted in known.outside:
-        if getattr(home, name) is not wanted:
+    for name, kind in known.modules:
+        module = getattr(node, name)
+        if type(module) is not kind:
             return False
-    for name, kind, functions in known.modules:
-        module = getattr(node, name) if name else node
-        if name and type(module) is not kind:
-            return False
-        for function, wanted in functions:
-            if function in module.__dict__ or getattr(kind, function) is not wanted:
-                return False
-        for hooks in HOOKS if name else ():
+        for hooks in HOOKS:
             if len(getattr(module, hooks)) > 0:
                 return False
     return True

@@ -10,10 +10,10 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from .._internal import compat
-from ..fused_neuron import Accelerated, note_for_graphs, restore
+from ..fused_neuron import Accelerated, FusedNeuron, note_for_graphs, read_again, restore
 from ..neuron import ALIFNode
 from ..ops.step.program import Reading
-from ..ops.step.readings import read_neuron
+from ..ops.step.readings import forget, read_neuron
 from .loops import AcceleratedLoop, accelerate_loop, find_loops, read_loop
 from .modules import (
     AcceleratedALIF,
@@ -49,7 +49,9 @@ def accelerate(net: nn.Module, example: Any = None) -> Acceleration:
     Outputs are equal as the report says, and to rounding behind a norm. Every module
     stays the same object, with its parameters, ``state_dict`` keys, hooks and voltages, so
     optimizers and checkpoints made before go on working; the class of a norm or neuron becomes a
-    subclass of its own, and no other module is touched. In half precision these neurons compute,
+    subclass of its own, and no other module is touched. A neuron's attributes are read at each
+    call. Its code, and all else that the code reads, is read at ``accelerate``, ``train()`` and
+    ``eval()``; an edit between two of these is not seen. In half precision these neurons compute,
     and keep voltages, in float32.
 
     Args:
@@ -109,7 +111,13 @@ def unaccelerate(net: nn.Module) -> None:
 def _exchange_classes(net: nn.Module) -> dict[str, Row]:
     """Give neurons and norms their accelerated classes; a row for each neuron."""
     rows = {}
-    for site in find_neurons(net):
+    sites = find_neurons(net), find_loops(net)
+    for kind in {type(site.node) for found in sites for site in found}:
+        forget(kind)
+    for module in net.modules():
+        if isinstance(module, FusedNeuron):
+            read_again(module)
+    for site in sites[0]:
         found = _why_not_fused(site) or _read(site)
         if isinstance(found, str):
             state: State = "fused" if isinstance(site.node, Accelerated) else "left alone"
@@ -119,8 +127,8 @@ def _exchange_classes(net: nn.Module) -> dict[str, Row]:
         rows[site.path] = site.row("fused operator", note, "fused")
         accelerate_module(site.node)._taid_name = site.path
         if not isinstance(site.node, ALIFNode):
-            note_for_graphs(site.node, found)
-    for site in find_loops(net):
+            note_for_graphs(site.node, found, as_read(site.node)[1], site.device)
+    for site in sites[1]:
         rows |= _exchange_loop(site)
     fused = AcceleratedALIF | AcceleratedNeuron | AcceleratedLoop
     if any(isinstance(m, fused) for m in net.modules()):

@@ -22,6 +22,8 @@ from .reference import state_dtype
 
 #: a hash -> the reading: the same in every process, since torch keeps compiled graphs on disk
 _READINGS: dict[str, Reading] = {}
+#: the classes of neurons in graphs, which are read again before a graph runs
+KINDS: set[type] = set()
 
 #: the states that are tensors, as ``starts`` says, and numbers for the others
 _NEURON = "Tensor x, Tensor[] states, bool[] starts, float[] v_init, Tensor[] parameters, str key"
@@ -38,8 +40,9 @@ def key_of(reading: Reading) -> str:
 
 
 @constant_in_graphs
-def is_known(key: str) -> bool:
-    """Whether this process has the reading."""
+def is_known(key: str, kind: type) -> bool:
+    """Whether this process has the reading of a class that a graph is traced of."""
+    KINDS.add(kind)
     return key in _READINGS
 
 

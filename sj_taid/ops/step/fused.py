@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from math import copysign
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -143,7 +141,7 @@ def _numbers_of(surrogate_function: Any, **options: Any) -> tuple[Any, ...] | No
     kind: Any = type(surrogate_function)
     if kind.__module__.partition(".")[0] not in ("spikingjelly", __name__.partition(".")[0]):
         return None
-    found: list[Any] = [*_of_class(kind)(surrogate_function)]
+    found: list[Any] = [kind]
     for name, value in (*options.items(), *vars(surrogate_function).items()):
         for part in value if type(value) is tuple else (value,):
             if type(part) in _NUMBERS and not (part == 0 and copysign(1.0, part) < 0):
@@ -154,13 +152,6 @@ def _numbers_of(surrogate_function: Any, **options: Any) -> tuple[Any, ...] | No
 
 
 _NUMBERS, _EMPTY = (bool, int, float, str, type(None)), (dict, OrderedDict, set)
-
-
-@lru_cache
-def _of_class(kind: Any) -> attrgetter[Any]:
-    """Gives what the call of a surrogate reads of its class, which may be replaced there."""
-    names = {"forward", *kind.forward.__code__.co_names}
-    return attrgetter("__class__", *[f"__class__.{name}" for name in names if hasattr(kind, name)])
 
 
 def operands_of(

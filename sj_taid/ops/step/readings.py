@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 from torch.jit import ScriptFunction
 
+from ..._internal import compat
 from .code import is_plain
 from .program import NotRead, Reading
 from .record import HOOKS, Neuron, Notes
@@ -38,16 +39,13 @@ def read_neuron(
 
     def key() -> Any:
         names = tuple(filter(partial(has, node), (*notes.numbers, *notes.modules)))
+        outside = tuple(plain_value(get(home)) for home, get in notes.outside.values())
         neuron = neuron_of(node, run, notes.tensors)
         tensors, states = neuron.tensors, tuple(neuron.states)
         per_channel = any(t.numel() != 1 for t in tensors.values())
         sizes = len(shape), shape[1:2] if per_channel else ()
         shapes = tuple((name, tuple(t.shape)) for name, t in tensors.items())
-        functions = tuple(notes.functions), functions_of(node, tuple(notes.functions))
-        outside = tuple(
-            (name, plain_value(get(home))) for name, (home, get) in notes.outside.items()
-        )
-        values = names, values_of(node, names), functions, outside
+        values = names, values_of(node, names), own_functions(node), outside
         return kind, run, values, sizes, shapes, states, engine
 
     with ONE_READING:
@@ -95,7 +93,7 @@ def values_of(node: Any, names: tuple[str, ...]) -> tuple[Any, ...]:
         value = attrgetter(name)(node)
         if isinstance(value, nn.Module):
             hooked = any(getattr(value, hooks, None) for hooks in HOOKS)
-            values.append((type(value), hooked))
+            values.append((type(value), hooked, own_functions(value)))
         else:
             values.append(plain_value(value))
     return tuple(values)
@@ -109,15 +107,20 @@ def has(node: Any, name: str) -> bool:
     return True
 
 
-def functions_of(node: Any, names: tuple[str, ...]) -> tuple[Any, ...]:
-    """The functions of a neuron's class and of modules within, and whether it has its own."""
-    found = []
-    for name in names:
-        home, _, last = name.rpartition(".")
-        owner = (attrgetter(home)(node) if has(node, home) else None) if home else node
-        kind = getattr(owner, "_taid_kind", type(owner))
-        found.append((getattr(kind, last, None), last in getattr(owner, "__dict__", ())))
-    return tuple(found)
+def own_functions(module: Any) -> tuple[Any, ...]:
+    """What a module has alone in the place of its class's methods."""
+    kind = getattr(module, "_taid_kind", type(module))
+    own = [(n, v) for n, v in vars(module).items() if callable(v) and hasattr(kind, n)]
+    return tuple((n, plain_value(v)) for n, v in own)
+
+
+def forget(kind: type) -> None:
+    """Read the steps of a class again at the next call: their code may be another."""
+    NAMES.pop(kind, None)
+    for key in [key for key in _READINGS if key[0] is kind]:
+        _READINGS.pop(key, None)
+    for function in (compat.step_of, compat.starts_at_numbers):
+        function.cache_clear()
 
 
 def plain_value(value: Any) -> Any:

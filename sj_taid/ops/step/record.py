@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Sequence
 from functools import cache
 from types import BuiltinFunctionType, FunctionType, MethodType
@@ -12,7 +13,7 @@ from spikingjelly.activation_based import base
 from torch import Tensor, nn
 
 from ..._internal import compat
-from .code import check_code, is_fixed, is_plain, names_of
+from .code import check_code, is_fixed, is_plain
 from .program import NotRead, Reading
 from .read import read
 
@@ -24,6 +25,13 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 _OF_MODULES = {*vars(base.MemoryModule()), *dir(nn.Module)} - {
     *("training", "_step_mode", "_backend"),
 }
+#: what gives attributes of a module without their names
+_UNSEEN = frozenset(
+    (
+        *("__dict__", "_modules", "_memories", "_memories_rv", "children", "named_children"),
+        *("modules", "named_modules", "get_submodule", "state_dict", "get_reset_value"),
+    )
+)
 
 
 class Notes:
@@ -34,7 +42,6 @@ class Notes:
         self.numbers: dict[str, None] = {}
         self.tensors: dict[str, None] = {}
         self.modules: dict[str, None] = {}
-        self.functions: dict[str, None] = {}  #: of its class, properties too
         self.outside: dict[Any, Any] = {}  #: numbers that its code names: :func:`.code.check_code`
         #: of modules of SpikingJelly's within, during a step, and the attributes that they had
         self.copies: dict[int, Any] = {}
@@ -49,7 +56,6 @@ class Notes:
             return self._note_module(owner, path, value)
         is_property = isinstance(getattr(type(owner), name, None), property)
         if is_property or (name not in vars(owner) and is_fixed(value, owner)):
-            self.functions[path] = None
             if name.startswith("multi_step_") and value.__module__.partition(".")[0] not in _OWN:
                 raise NotRead(f"is run by {name!r} of {value.__module__}, which may be no step")
             return value  # a property's is made of what was noted
@@ -63,7 +69,7 @@ class Notes:
                 raise NotRead(f"calls {path!r}, which was replaced in this neuron alone")
             if not is_fixed(value):
                 raise NotRead(f"calls {path!r}, a method of an object, which may change unseen")
-            self.outside |= check_code(type(owner), value)
+            self.outside |= check_code(value)
         elif not is_plain(value):
             kind = type(value).__name__
             remedy = "take a tuple" if "_memories" in vars(owner) else f"remove self.{path}"
@@ -85,7 +91,6 @@ class Notes:
             raise NotRead(f"calls a module with parameters or modules of its own ({path})")
         if path not in vars(owner)["_modules"]:
             raise NotRead(f"calls a module of its class or of a module within it ({path})")
-        self.functions[f"{path}.forward"] = None
         if any(map(callable, own.values())):
             raise NotRead(f"calls a module with functions of its own ({path})")
         if type(module).__module__.startswith("spikingjelly."):
@@ -97,12 +102,9 @@ class Notes:
         """Note all numbers of a module of SpikingJelly's, which asks for its very class."""
         copied = object.__new__(type(module))
         vars(copied).update(vars(module))
-        called = names_of(type(module).forward)
         for name in {*vars(module), *dir(type(module))} - _OF_MODULES:
             if is_plain(getattr(module, name, [])):
                 self.numbers[f"{path}.{name}"] = None
-            elif name in called and callable(getattr(module, name, None)):
-                self.functions[f"{path}.{name}"] = None
         self.copies[id(copied)] = copied, dict(vars(copied))
         return copied
 
@@ -110,13 +112,21 @@ class Notes:
 def recording(module: Any, notes: Notes, tensors: Any, home: str = "") -> Any:
     """A shallow copy of ``module`` that notes what is read of it; it may set its states alone."""
     kind: Any = getattr(module, "_taid_kind", type(module))
-    copied: Any = object.__new__(_recording_class(kind))
+    copied = _copy(module, _recording_class(kind))
+    vars(copied)["_taid_notes"] = notes, tensors, home
+    return copied
+
+
+def _copy(module: Any, kind: Any) -> Any:
+    """A shallow copy of another class, which keeps no voltages of each step."""
+    copied: Any = object.__new__(kind)
     own = copied.__dict__
     own.update(vars(module))
     for name in ("_parameters", "_buffers", "_modules", "_memories"):
         if name in own:
             own[name] = dict(own[name])
-    own["_taid_notes"] = notes, tensors, home
+    if "_memories" in own:
+        own["_store_v_seq"] = False
     return copied
 
 
@@ -130,6 +140,8 @@ def _recording_class(kind: Any) -> Any:
             notes, tensors, _ = own["_taid_notes"]
             notes.tensors[name] = None
             return tensors[name]
+        if name in _UNSEEN and _is_of_user(sys._getframe(1)) and "_taid_notes" in own:
+            raise NotRead(f"asks for {name!r}, which gives attributes unseen: write their names")
         value = kind.__getattribute__(self, name)
         return value if name == "__dict__" else _noted(self, name, value)
 
@@ -160,6 +172,11 @@ class _Quiet:
     """Leaves out the hook of a class that keeps a list of its subclasses."""
 
     def __init_subclass__(cls) -> None: ...
+
+
+def _is_of_user(frame: Any) -> bool:
+    """Whether a call is of the user's code, not of torch's or SpikingJelly's."""
+    return frame.f_globals.get("__name__", "").partition(".")[0] not in (*_OWN, "torch")
 
 
 def _noted(self: Any, name: str, value: Any) -> Any:
@@ -214,7 +231,6 @@ class Neuron:
         notes.copies.clear()
         copied = recording(self.node, notes, dict(zip(self.tensors, tensors, strict=True)))
         memories = copied.__dict__["_memories"]
-        copied.__dict__["_store_v_seq"] = False  # a call keeps every voltage, not a step
         if getattr(self.run, "as_in_training", False):
             copied.__dict__["training"] = True
         memories.update(zip(self.states, states, strict=True))
@@ -245,13 +261,27 @@ class Neuron:
             values = dict(zip(values, make((x_seq,), tuple(values.values()), "m"), strict=True))
         return [values[name] for name in self.states]
 
-    def run_sequence(self, x_seq: Tensor, states: Any, tensors: Any) -> list[Tensor]:
+    def run_sequence(self, x_seq: Tensor, states: Any, tensors: Any, step: Any = None) -> Any:
         """The outputs of a sequence, step by step, and the last states."""
         outputs = []
         for x in x_seq:
-            output, states = self.step(x, states, tensors)
+            output, states = (step or self.step)(x, states, tensors)
             outputs.append(output)
         return [torch.stack(outputs), *states]
+
+    def plain_step(
+        self, x: Tensor, states: Sequence[Any], tensors: Sequence[Tensor]
+    ) -> tuple[Tensor, list[Any]]:
+        """One step of a copy of its very class."""
+        copied = _copy(self.node, getattr(self.node, "_taid_kind", type(self.node)))
+        own: Any = vars(copied)
+        for name, tensor in zip(self.tensors, tensors, strict=True):
+            homes = (own[home] for home in ("_parameters", "_buffers") if name in own[home])
+            next(homes, own)[name] = tensor
+        own["training"] |= getattr(self.run, "as_in_training", False)
+        own["_memories"].update(zip(self.states, states, strict=True))
+        output, after = self.run(copied, x, own["_memories"])
+        return output, [after[name] for name in self.states]
 
 
 def _is_changed(now: dict[str, Any], before: dict[str, Any]) -> bool:
