@@ -1,4 +1,4 @@
-"""Operators: the backends of ALIF, surrogate derivatives, spikes as bits."""
+"""Operators: the backends of neurons, surrogate derivatives, spikes as bits."""
 
 import os
 

@@ -29,7 +29,7 @@ ENVIRONMENT_VARIABLE = "SJ_TAID_BACKEND"
 
 
 class Backend(NamedTuple):
-    """One way to run ALIF."""
+    """One way to run neurons."""
 
     multi_step: Callable[..., tuple[Any, ...]]
     unsupported: Callable[[Tensor], str | None]

@@ -30,7 +30,7 @@ def unsupported(device: str, dtypes: tuple[torch.dtype, ...], x_seq: Tensor) -> 
 _UNFUSED = "backend='torch' for ALIF, sj_taid.unaccelerate(net) for an accelerated net"
 
 
-class FusedALIF(torch.autograd.Function):
+class FusedNeuronFunction(torch.autograd.Function):
     """A call of a plan in autograd; ``None`` for outputs that were not asked for, which cost time.
 
     ``apply`` is given the plan, ``v_init``, what errors call the neuron, and the plan's operands.
@@ -66,7 +66,7 @@ class FusedALIF(torch.autograd.Function):
         return None, None, None, *found, None, None, *of_norm
 
 
-apply_fused = graph.apply_of(FusedALIF)
+apply_fused = graph.apply_of(FusedNeuronFunction)
 
 
 def _plain(parameter: Tensor | None) -> Tensor | None:
@@ -83,7 +83,7 @@ def _saved_tensors(ctx: Any, name: str) -> tuple[Tensor, ...]:
         if "inplace operation" not in str(error):
             raise
         raise RuntimeError(
-            f"{f'the neuron {name!r}' if name else 'an ALIF neuron'} reads its input, voltage "
+            f"{f'the neuron {name!r}' if name else 'the neuron'} reads its input, voltage "
             "and parameters again in its backward, but one was changed in place since its "
             "forward: write h = h + o instead of h += o, change parameters after the backward, "
             f"or use what does not read the input again: {_UNFUSED}"

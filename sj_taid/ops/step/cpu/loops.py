@@ -1,4 +1,4 @@
-"""Fused ALIF loops for the CPU, compiled by numba.
+"""Fused loops of neurons for the CPU, compiled by numba.
 
 The neurons are cut into parts, and a part into blocks; :mod:`.threads` draws them. For one block,
 forward walks through time with the block's voltages in the cache; backward recomputes them from the
