@@ -26,7 +26,7 @@ _FIXED = (
     *(enum.Enum, np.ufunc, torch.jit.ScriptFunction),
 )
 #: numbers and the like, which a key holds by their values
-PLAIN = (bool, int, float, str, type(None), np.generic, torch.dtype)
+PLAIN = (bool, int, float, str, type(None), torch.dtype)
 #: packages whose code is not looked at
 _KNOWN = {"torch", "numpy", "spikingjelly", "sj_taid", *sys.stdlib_module_names}
 #: what a scripted function may ask a tensor for
@@ -36,10 +36,16 @@ _OF_SCRIPTS = frozenset(
 
 
 def is_plain(value: Any) -> bool:
-    """Whether it is a number or the like, or a tuple of such."""
-    if isinstance(value, tuple):
+    """Whether it is a number or the like, or a tuple of such; no subclass, which may carry more."""
+    if type(value) is tuple:
         return all(map(is_plain, value))
-    return isinstance(value, PLAIN) or (isinstance(value, np.ndarray) and value.ndim == 0)
+    return type(value) in PLAIN or is_plain_array(value)
+
+
+def is_plain_array(value: Any) -> bool:
+    """Whether it is a number of numpy's, or an array of no axes."""
+    is_one = isinstance(value, np.generic) or (type(value) is np.ndarray and value.ndim == 0)
+    return is_one and not value.dtype.hasobject
 
 
 def is_fixed(value: Any, owner: Any = None) -> bool:

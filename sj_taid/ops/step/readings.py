@@ -12,7 +12,7 @@ from torch import nn
 from torch.jit import ScriptFunction
 
 from ..._internal import compat
-from .code import is_plain
+from .code import is_plain, is_plain_array
 from .program import NotRead, Reading
 from .record import HOOKS, Neuron, Notes
 from .sequence import Layout, Loop
@@ -129,8 +129,10 @@ def plain_value(value: Any) -> Any:
     Of a tensor, which is read at each call, its class; so of anything else, of which no step is
     read.
     """
-    if isinstance(value, tuple):
+    if type(value) is tuple:
         return tuple(map(plain_value, value))
     if isinstance(value, BY_IDENTITY):
         return value
+    if is_plain_array(value):  # whose repr is of 8 digits, or as numpy is told
+        return type(value), value.dtype, value.tobytes()
     return (type(value), repr(value)) if is_plain(value) else type(value)

@@ -266,7 +266,11 @@ class Neuron:
         outputs = []
         for x in x_seq:
             output, states = (step or self.step)(x, states, tensors)
+            if not isinstance(output, Tensor) or output.shape != x.shape:
+                raise NotRead("has an output of another shape where its states are numbers")
             outputs.append(output)
+        x = x_seq[0]
+        states = [s if isinstance(s, Tensor) else torch.full_like(x, s) for s in states]
         return [torch.stack(outputs), *states]
 
     def plain_step(

@@ -18,11 +18,13 @@ pytest.importorskip("numba", reason="needs numba: pip install numba")
 from sj_taid import accelerate
 from sj_taid._internal import compat
 from sj_taid.ops.step import cpu
+from sj_taid.ops.step.code import is_plain
 from sj_taid.ops.step.program import NotRead
 from sj_taid.ops.step.read import read
-from sj_taid.ops.step.readings import NAMES, read_neuron
+from sj_taid.ops.step.readings import NAMES, plain_value, read_neuron
 from sj_taid.ops.step.verify import run_plan
 from tests.nets import own_neurons
+from tests.ops.step import program
 
 #: ``[N, *]``: images, rows of features, one channel, one neuron, a batch of one
 SHAPES = [(3, 4, 2, 5), (2, 4, 3), (5, 4), (1, 1), (1, 4, 1), (4, 1, 3), (2, 1, 2, 2), (1, 4, 3, 2)]
@@ -734,3 +736,41 @@ def test_a_reading_does_not_depend_on_how_many_neurons_a_mask_chooses():
 
         found.add(read(step, 0, (), (2, 3, 4)).program)
     assert len(found) == 1
+
+
+class Own(float):
+    """A number that carries more."""
+
+
+def test_a_key_tells_numbers_apart_that_look_alike():
+    first, second = (np.array(value, np.float64) for value in (0.1, math.nextafter(0.1, 1)))
+    assert repr(first) == repr(second)
+    assert plain_value(first) != plain_value(second)
+    with np.printoptions(precision=3):
+        assert plain_value(first) == plain_value(first.copy()) != plain_value(np.array(0.1001))
+    for value in (Own(0.1), (Own(0.1),), np.array(None)):
+        assert not is_plain(value)
+
+
+@pytest.mark.skipif(not compat.FUNCTIONAL_STATES, reason="states are given from 0.0.0.1.0 on")
+@pytest.mark.parametrize("shape_is_right", [True, False])
+def test_a_state_may_stay_a_number_and_an_output_may_not(shape_is_right):
+    class Keeps(neuron.BaseNode):
+        def __init__(self):
+            super().__init__(step_mode="m")
+            self.register_memory("level", 0.5)
+
+        def single_step_functional_forward(self, inputs, states, **kwargs):
+            (x,), (v, level) = inputs, states
+            output = x + v if shape_is_right else torch.as_tensor(level * 2.0)
+            return (output,), (v * 0.5 + x, level)
+
+    found = read_neuron(Keeps(), (2, 4), compat.step_of(Keeps), cpu.ENGINE, "cpu")
+    if shape_is_right:
+        assert not isinstance(found, str), found
+    else:
+        assert found == "its step has an output of another shape where its states are numbers"
+
+
+def test_tanh_keeps_the_sign_of_0():
+    assert math.copysign(1, program.compute("tanh", np.float32([-0.0]))[0]) == -1

@@ -62,7 +62,8 @@ def _tanh(x):
     for c in (2.06390887954e-2, -5.37397155531e-2, 1.33314422036e-1, -3.33332819422e-1):
         p = p * z + np.float32(c)
     far = np.float32(1) - np.float32(2) / (_exp(a + a) + np.float32(1))
-    return p * z * x + x if a < np.float32(0.625) else (far if x > np.float32(0) else -far)
+    near = x if z == np.float32(0) else p * z * x + x  # -0.0 stays so
+    return near if a < np.float32(0.625) else (far if x > np.float32(0) else -far)
 
 
 _NAMES = {
