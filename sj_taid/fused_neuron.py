@@ -299,7 +299,8 @@ def _plan_call(
     neuron = _why_not_these(node, x_seq, states, tensors[1 + len(states) :]) or read_neuron(
         node, tuple(x_seq.shape[1:]), run, engine, x_seq.device
     )
-    if isinstance(neuron, Reading) and neuron.states != len(states):
+    is_other = isinstance(neuron, Reading) and neuron.keeps != getattr(node, "_taid_keeps", ())
+    if is_other or (isinstance(neuron, Reading) and neuron.states != len(states)):
         neuron = "its loop over time has other states than when it was accelerated"
     if isinstance(neuron, str):
         if backends.is_chosen(node._fused_backend):

@@ -14,7 +14,7 @@ from ..fused_neuron import Accelerated, FusedNeuron, note_for_graphs, read_again
 from ..neuron import ALIFNode
 from ..ops.step.program import Reading
 from ..ops.step.readings import forget, read_neuron
-from .loops import AcceleratedLoop, accelerate_loop, find_loops, read_loop
+from .loops import AcceleratedLoop, accelerate_loop, find_loops, may_loop, read_loop
 from .modules import (
     AcceleratedALIF,
     AcceleratedNeuron,
@@ -110,18 +110,17 @@ def unaccelerate(net: nn.Module) -> None:
 
 def _exchange_classes(net: nn.Module) -> dict[str, Row]:
     """Give neurons and norms their accelerated classes; a row for each neuron."""
-    rows = {}
+    rows: dict[str, Row] = {}
     sites = find_neurons(net), find_loops(net)
-    for kind in {type(site.node) for found in sites for site in found}:
-        forget(kind)
-    for module in net.modules():
-        if isinstance(module, FusedNeuron):
-            read_again(module)
+    _read_again(net, [*sites[0], *sites[1]])
     for site in sites[0]:
         found = _why_not_fused(site) or _read(site)
-        if isinstance(found, str):
+        if isinstance(found, str) and _runs_own_loop(site.node):
+            rows |= _exchange_loop(site)
+        elif isinstance(found, str):
             state: State = "fused" if isinstance(site.node, Accelerated) else "left alone"
             rows[site.path] = site.row("", found, state)
+        if isinstance(found, str):
             continue
         note = _describe_equality(site, found)
         rows[site.path] = site.row("fused operator", note, "fused")
@@ -138,6 +137,21 @@ def _exchange_classes(net: nn.Module) -> dict[str, Row]:
     return rows
 
 
+def _read_again(net: nn.Module, sites: list[Site]) -> None:
+    """Forget what was read of the code of these neurons."""
+    for kind in {type(site.node) for site in sites}:
+        forget(kind)
+    for module in net.modules():
+        if isinstance(module, FusedNeuron):
+            read_again(module)
+
+
+def _runs_own_loop(node: Any) -> bool:
+    """Whether a neuron's class runs a sequence by a loop of its own."""
+    is_plain = not isinstance(node, Accelerated) and node.step_mode == "m" and may_loop(node)
+    return is_plain and compat.why_not_stepwise(type(node)) is not None
+
+
 def _exchange_loop(site: Site) -> dict[str, Row]:
     """The same for a module with a loop over time; no row if it is no neuron."""
     engine = find_engine(site.dtype, site.device)
@@ -148,7 +162,7 @@ def _exchange_loop(site: Site) -> dict[str, Row]:
         return {} if found.endswith("has no state") else {site.path: site.row("", found)}
     layout, readings = found
     reading = next(iter(readings.values()))
-    accelerate_loop(site.node, layout, reading.states)._taid_name = site.path
+    accelerate_loop(site.node, layout, reading)._taid_name = site.path
     note = "equal outputs" if reading.exact else "equal outputs to rounding"
     return {site.path: site.row("fused operator", f"{note}; its loop over time", "fused")}
 

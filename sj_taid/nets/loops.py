@@ -37,7 +37,7 @@ _MOST_STEPS = 32
 
 def find_loops(net: nn.Module) -> list[Site]:
     """Every module of ``net`` that may be a neuron with a loop over time, once."""
-    return find_sites(net, may_loop)
+    return find_sites(net, lambda m: may_loop(m) and not isinstance(m, compat.NEURONS))
 
 
 def may_loop(module: nn.Module) -> bool:
@@ -51,7 +51,7 @@ def may_loop(module: nn.Module) -> bool:
         or next(m.buffers(False), None) is not None
         or isinstance(m, compat.NEURONS)
         for m in within
-    ) and not isinstance(module, compat.NEURONS)
+    )
 
 
 @cache
@@ -59,7 +59,7 @@ def _has_loop(kind: Any) -> bool:
     """Whether a function of a class, or of a base of its that is no library's, has a loop."""
     own = [c for c in kind.__mro__ if c.__module__.partition(".")[0] not in _KNOWN - {"__main__"}]
     codes = [f.__code__ for c in own for f in vars(c).values() if isinstance(f, FunctionType)]
-    is_own = any("forward" in vars(c) for c in own)
+    is_own = any(name in vars(c) for c in own for name in ("forward", "multi_step_forward"))
     return is_own and any(i.opname == "FOR_ITER" for c in codes for i in _instructions(c))
 
 
@@ -104,10 +104,10 @@ def _layouts(node: Any) -> Iterator[Layout]:
         yield from (Layout(0, steps, True), Layout(0, steps), Layout(1, steps), Layout(-1, steps))
 
 
-def accelerate_loop(module: Any, layout: Layout, states: int) -> Any:
+def accelerate_loop(module: Any, layout: Layout, reading: Reading) -> Any:
     """Give a module with a loop its accelerated class."""
-    module._taid_layout = layout
-    module._taid_states = dict.fromkeys((f"s{k}" for k in range(states)), 0.0)
+    module._taid_layout, module._taid_keeps = layout, reading.keeps
+    module._taid_states = dict.fromkeys((f"s{k}" for k in range(reading.states)), 0.0)
     kind: Any = type(module)
     module.__class__ = accelerated_class(kind, AcceleratedLoop)
     return module
@@ -118,6 +118,7 @@ class AcceleratedLoop(Exchanged, FusedNeuron):
 
     _taid_layout: Layout
     _taid_states: dict[str, float]
+    _taid_keeps: tuple[tuple[str, int], ...]  #: :attr:`.Reading.keeps`
 
     @property
     def _taid_step(self) -> Any:
@@ -127,13 +128,24 @@ class AcceleratedLoop(Exchanged, FusedNeuron):
         if len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and graph.is_eager():
             x, layout = args[0], self._taid_layout
             with graph.plain_functions():
-                fits = x.is_floating_point() and layout.fits(x)
+                fits = x.is_floating_point() and layout.fits(x) and self._taid_is_new()
             if fits and not torch.is_autocast_enabled(x.device.type):
                 results = self._taid_run(layout.enter(x), self._taid_states, False)
                 if results is not None:
+                    for name, k in self._taid_keeps:
+                        compat.states_of(self)[name] = results[1 + k]
                     y = layout.leave(results[0])
                     return y if y.is_contiguous() else y.contiguous()
         return self._taid_kind.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
+
+    def _taid_is_new(self) -> bool:
+        """Whether it begins as after a reset, and keeps the last states alone."""
+        node: Any = self
+        memories = vars(self).get("_memories", {})
+        for name, value in memories.items():
+            if isinstance(value, Tensor) or value != compat.reset_value(node, name):
+                return False
+        return not memories or (node.step_mode == "m" and not getattr(node, "store_v_seq", False))
 
     def _taid_label(self) -> str:
         return f"the neuron {self._taid_name!r}"
@@ -142,4 +154,5 @@ class AcceleratedLoop(Exchanged, FusedNeuron):
         return strides  # of an input that is contiguous, with time where the module has it
 
     def __getstate__(self) -> dict[str, Any]:
-        return dict(vars(self))
+        state = dict(vars(self))
+        return compat.detach_state(state) if "_memories" in state else state

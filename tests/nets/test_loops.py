@@ -5,10 +5,12 @@ import pickle
 
 import pytest
 import torch
+from spikingjelly.activation_based import functional, neuron, surrogate
 from torch import nn
 
 pytest.importorskip("numba", reason="needs numba: pip install numba")
 import sj_taid
+from sj_taid._internal.compat import FUNCTIONAL_STATES
 from sj_taid.fused_neuron import Accelerated
 from tests.nets import loops
 from tests.nets.loops import HOSTILE, IDIOMS, FixedWindow, FoldedView, TimeSecond, shape_of
@@ -160,3 +162,43 @@ def test_behind_a_norm():
     before, after = report.saved_bytes
     assert after < 0.3 * before
     check_equal(net, plain, x)
+
+
+class OwnSequence(neuron.BaseNode):
+    """A neuron of SpikingJelly's that runs a sequence by a loop of its own."""
+
+    def __init__(self, **options):
+        super().__init__(surrogate_function=surrogate.ATan(), **options)
+        self.w = nn.Parameter(torch.tensor(0.2))
+
+    def multi_step_forward(self, x_seq):
+        spikes = []
+        for x in x_seq:
+            self.v = self.v * self.w.sigmoid() + x
+            spike = self.surrogate_function(self.v - self.v_threshold)
+            self.v = self.v * (1 - spike)
+            spikes.append(spike)
+        return torch.stack(spikes)
+
+
+class KeepsMean(OwnSequence):
+    def multi_step_forward(self, x_seq):
+        spikes = super().multi_step_forward(x_seq)
+        self.v = self.v + x_seq[0]
+        return spikes
+
+
+@pytest.mark.parametrize("kind", [OwnSequence, KeepsMean])
+def test_a_neuron_whose_sequence_is_its_own(kind):
+    """From a reset it is fused, and from a voltage its class; both keep the same states."""
+    net, plain, row = accelerated(kind(step_mode="m"))
+    is_read = kind is OwnSequence and FUNCTIONAL_STATES
+    assert row.done == ("fused operator" if is_read else "")
+    for steps, is_reset in ((4, True), (3, False), (1, True), (6, True), (2, False)):
+        x = torch.randn(steps, 2, 4, 3, 5) * 1.5
+        for one in (net, plain):
+            (functional.reset_net if is_reset else functional.detach_net)(one)
+        check_equal(net, plain, x)
+        torch.testing.assert_close(net[1].v, plain[1].v)
+    if row.done:
+        copy.deepcopy(net)

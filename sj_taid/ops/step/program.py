@@ -165,6 +165,7 @@ class Reading(NamedTuple):
     exact: bool  #: whether its outputs are torch's to the bit
     #: the states before the first step, of a module that keeps none from call to call
     starts: tuple[float, ...] = ()
+    keeps: tuple[tuple[str, int], ...] = ()  #: what it keeps for others to see, and of which state
 
     @property
     def states(self) -> int:

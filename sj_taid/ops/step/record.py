@@ -43,6 +43,7 @@ class Notes:
         self.tensors: dict[str, None] = {}
         self.modules: dict[str, None] = {}
         self.outside: dict[Any, Any] = {}  #: numbers that its code names: :func:`.code.check_code`
+        self.is_loop = False  #: whether the step is found in what runs a sequence
         #: of modules of SpikingJelly's within, during a step, and the attributes that they had
         self.copies: dict[int, Any] = {}
 
@@ -56,7 +57,8 @@ class Notes:
             return self._note_module(owner, path, value)
         is_property = isinstance(getattr(type(owner), name, None), property)
         if is_property or (name not in vars(owner) and is_fixed(value, owner)):
-            if name.startswith("multi_step_") and value.__module__.partition(".")[0] not in _OWN:
+            is_unknown = name.startswith("multi_step_") and not self.is_loop
+            if is_unknown and value.__module__.partition(".")[0] not in _OWN:
                 raise NotRead(f"is run by {name!r} of {value.__module__}, which may be no step")
             return value  # a property's is made of what was noted
         if isinstance(value, Tensor):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,12 +20,22 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from ..._internal import graph
+from ..._internal import compat, graph
 from .code import check_code
 from .program import MOST_STATES, NotRead, Reading
 from .read import FULL, odd_shapes, read_calls, tensors_of
 from .record import Neuron, Notes, recording
-from .trace import ONE_READING, Call, Opaque, Recorder, example, find_reach, random_states, same
+from .trace import (
+    ONE_READING,
+    Call,
+    Opaque,
+    Recorder,
+    calls_from_spikingjelly,
+    example,
+    find_reach,
+    random_states,
+    same,
+)
 from .verify import differs, run_plan
 
 #: steps of a trace, if the module does not say how many; and of the check
@@ -77,9 +88,10 @@ class Loop(Neuron):
         super().__init__(node, layout, only)
         self.layout: Layout = layout
         self.states: list[str] = []
+        self.memories: dict[str, Any] = {}
 
     def read(self, shape: Sequence[int], notes: Notes) -> Reading:
-        self.notes = notes
+        self.notes, notes.is_loop = notes, True
         notes.outside |= check_code(getattr(self.node, "_taid_kind", type(self.node)))
         tensors = list(self.tensors.values())
         per_channel = any(t.numel() != 1 for t in tensors)
@@ -87,10 +99,10 @@ class Loop(Neuron):
         if steps < 3:
             raise NotRead(f"takes sequences of {steps} steps alone, too few to tell them apart")
         for odd in odd_shapes(shape, per_channel, (steps,)):
-            *found, starts = _trace(self._forward, self.layout, steps, tensors, odd)
-            given, calls, ends, reach = found
-            reading = read_calls(given, calls, ends, reach, len(starts), odd)
-            readings.append(reading._replace(starts=starts))
+            given, calls, ends, reach, steps_found = _trace(self, steps, tensors, odd)
+            reading = read_calls(given, calls, ends, reach, len(steps_found.starts), odd)
+            about = {"starts": steps_found.starts, "keeps": steps_found.keeps}
+            readings.append(reading._replace(**about))
         if readings[0] != readings[1]:
             raise NotRead("depends on the shape of its input")
         self.states = [f"s{k}" for k in range(readings[0].states)]
@@ -102,6 +114,9 @@ class Loop(Neuron):
         notes.copies.clear()
         named = dict(zip(self.tensors, tensors, strict=True))
         copied = recording(self.node, notes, named)
+        if "_memories" in vars(copied):  # of a neuron, which begins as after a reset
+            self.memories = {n: compat.reset_value(self.node, n) for n in copied._memories}
+            vars(copied)["_memories"] = self.memories
         return getattr(self.node, "_taid_kind", type(self.node)).forward(copied, x)
 
     def verify(
@@ -316,7 +331,8 @@ class _Calls(TorchFunctionMode):
         if self.cut is not None:
             self.cut(self.tracker)
         name = (func.__self__ if func.__name__ == "__get__" else func).__name__
-        if name in ("grad_fn", "grad", "storage", "untyped_storage", "requires_grad"):
+        asked = "grad_fn", "grad", "storage", "untyped_storage", "requires_grad"
+        if name in asked and not calls_from_spikingjelly():  # whose surrogates ask
             raise NotRead(f"asks for {name!r}, which may be another at the next call")
         if name in ("shape", "size"):
             sizes = result if isinstance(result, tuple) else (result,)
@@ -375,8 +391,8 @@ def _outputs(tracker: _Tracker, y: Tensor) -> list[Tensor]:
     return outputs
 
 
-def _trace(forward: Any, layout: Layout, steps: int, tensors: Any, shape: Any) -> Any:
-    """What a step is given, by name, its calls and their results, and the states before step 0."""
+def _trace(loop: Loop, steps: int, tensors: Any, shape: Any) -> Any:
+    """What a step is given, by name, its calls and their results, and what was found of it."""
     with (
         ONE_READING,
         torch.inference_mode(False),
@@ -387,30 +403,38 @@ def _trace(forward: Any, layout: Layout, steps: int, tensors: Any, shape: Any) -
     ):
         drawn = random_states()
         given = [example(t.shape, t.dtype) for t in tensors]
-        run = partial(_run, forward, layout, steps, given, shape)
+        run = partial(_run, loop._forward, loop.layout, steps, given, shape)
         torch.default_generator.manual_seed(0)
         tracker, outputs = run()
-        steps_of = dict(tracker.steps)
-        try:
-            found = _Steps(tracker, outputs)
-        except NotRead:  # such as of states that start from what parameters say
-            tracker.steps = steps_of
-            found = _Steps(tracker, outputs, late=True)
+        found = _find_steps(tracker, outputs)
+        found.keep(loop)
         torch.default_generator.manual_seed(0)
         ends = found.differentiate(run(found.cut)[0], given)
         if random_states() != drawn:
             raise NotRead("draws random numbers")
-        return *ends, found.starts
+        return *ends, found
+
+
+def _find_steps(tracker: _Tracker, outputs: list[Tensor]) -> _Steps:
+    """The step, cut from the one before where the first step fits: late, early or very late."""
+    steps_of, reason = dict(tracker.steps), NotRead()
+    for most in (1, 0, 99):
+        tracker.steps = dict(steps_of)
+        try:
+            return _Steps(tracker, outputs, most)
+        except NotRead as error:
+            reason = error if most == 1 else reason
+    raise reason
 
 
 class _Steps:
     """The step that is read, its states and the states before step 0."""
 
-    def __init__(self, tracker: _Tracker, outputs: list[Tensor], late: bool = False) -> None:
-        """``late``: whether all that a step's output does not need is left to the next."""
+    def __init__(self, tracker: _Tracker, outputs: list[Tensor], most: int) -> None:
+        """``most``: of how many values a line is left to the next step that its own needs not."""
         self.tracker, self.outputs, self.at = tracker, outputs, len(outputs) // 2
         last = len(outputs) - 1
-        self._retime(late)
+        self._retime(most)
         self.states: list[Tensor] = []  #: those that the step is given
         self.given: list[dict[int, Tensor]] = [{} for _ in outputs]  #: and in their places, others
         self._seen: set[Any] = set()
@@ -449,9 +473,10 @@ class _Steps:
         )
         self.names = [call.name for call in tracker.calls]
         self.starts = self._find_starts()
+        self.keeps: tuple[tuple[str, int], ...] = ()
 
-    def _retime(self, late: bool) -> None:
-        """Give lines of one value, as a decay, to the step that alone uses them."""
+    def _retime(self, most: int) -> None:
+        """Give lines of at most so many values, as a decay, to the step that alone uses them."""
         tracker, users = self.tracker, {id(y): {t} for t, y in enumerate(self.outputs)}
         for call in reversed(tracker.calls):
             given = {id(t): t for t in map(tracker.owner, tensors_of(call))}
@@ -460,7 +485,7 @@ class _Steps:
                 step, used = tracker.steps.get(id(result)), users.get(id(result), ())
                 if step is None or tracker.made.get(id(result), -1) < 0:
                     continue
-                if (late or len(given) == 1) and used and min(used) > step:
+                if 0 < len(given) <= most and used and min(used) > step:
                     step = tracker.steps[id(result)] = min(used)
                 for key in given:
                     users.setdefault(key, set()).add(step)
@@ -561,6 +586,22 @@ class _Steps:
         for made, value in zip(_results_of(call), results, strict=True):
             known[id(made)] = value
         return known[id(tensor)]
+
+    def keep(self, loop: Loop) -> None:
+        """Find what the neuron keeps after a sequence among the last states."""
+        last = len(self.outputs) - 1
+        for name, value in loop.memories.items():
+            if not isinstance(value, Tensor):
+                if value != compat.reset_value(loop.node, name):
+                    raise NotRead(f"changes its state {name!r}, which is no tensor")
+                continue
+            for k, state in enumerate(self.next):
+                with suppress(NotRead):
+                    self._match(last, value, state)
+                    self.keeps += ((name, k),)
+                    break
+            else:
+                raise NotRead(f"keeps in {name!r} what no step goes on from")
 
     # -- in a second run
 

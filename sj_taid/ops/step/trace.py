@@ -202,7 +202,7 @@ class _Asked(TorchFunctionMode):
         result = func(*given[0], **given[1])
         is_asked = name in _ASKED or (isinstance(result, bool) and name not in _ALIKE)
         # SpikingJelly's surrogates ask whether to save for backward.
-        if is_asked and not _calls_from_spikingjelly():
+        if is_asked and not calls_from_spikingjelly():
             raise self._note(f"asks for {name!r}, which may be another at the next call")
         if name in ("dim", "ndim", "ndimension"):
             return result
@@ -214,7 +214,7 @@ class _Asked(TorchFunctionMode):
         return result
 
 
-def _calls_from_spikingjelly() -> bool:
+def calls_from_spikingjelly() -> bool:
     """Whether code of SpikingJelly's called the function that calls this."""
     home = sys._getframe(2).f_globals.get("__name__", "")
     return home.partition(".")[0] == "spikingjelly"
