@@ -27,6 +27,8 @@ ONE_READING = threading.RLock()
 
 #: operations that make numbers of nothing that is traced
 NEW = ("arange", "lift_fresh", "lift_fresh_copy")
+#: operations, and their gradients, that are traced as those that torch takes them apart into
+DECOMPOSED = frozenset(["gelu", "silu", "elu", "celu", "selu", "mish"])
 
 
 def trace_step(
@@ -133,6 +135,14 @@ class Recorder(TorchDispatchMode):
         self.error: NotRead | None = None  # which the step may have caught
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.name.split("::")[1].removesuffix("_backward") in DECOMPOSED:
+            from torch._decomp import decomposition_table
+
+            with self, torch._C.DisableTorchFunction():
+                return decomposition_table[func](*args, **(kwargs or {}))
+        if func._schema.name == "aten::to":  # as a decomposition casts
+            with self:
+                return func.decompose(*args, **(kwargs or {}))
         try:
             result = func(*args, **(kwargs or {}))
         except NotRead as error:

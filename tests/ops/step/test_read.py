@@ -774,3 +774,10 @@ def test_a_state_may_stay_a_number_and_an_output_may_not(shape_is_right):
 
 def test_tanh_keeps_the_sign_of_0():
     assert math.copysign(1, program.compute("tanh", np.float32([-0.0]))[0]) == -1
+
+
+@pytest.mark.parametrize("name", ["gelu", "silu", "elu", "celu", "selu", "mish"])
+def test_what_torch_takes_apart_is_read(name):
+    function = getattr(nn.functional, name)
+    kind = type("Composite", (Plain,), {"step": lambda self, x, v: (x + v, function(v + x))})
+    check_equal(*pair(kind()))
