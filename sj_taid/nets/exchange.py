@@ -42,9 +42,9 @@ def accelerate(net: nn.Module, example: Any = None) -> Acceleration:
 
     Neurons whose step is pointwise, SpikingJelly's and yours, modules that loop over time included,
     run on the fused operator and learn what they learned before. One behind a batch norm takes the
-    norm's input and computes both as
-    one operation, so the norm's output is not saved for backward. Spikes, counts and their sums are
-    saved as bits, and some sums of a norm's output are computed again.
+    norm's input and computes both as one operation, so the norm's output is not saved for backward.
+    Spikes, counts and their sums are saved as bits, and some sums of a norm's output are computed
+    again.
 
     Outputs are equal as the report says, and to rounding behind a norm. Every module
     stays the same object, with its parameters, ``state_dict`` keys, hooks and voltages, so
@@ -115,12 +115,10 @@ def _exchange_classes(net: nn.Module) -> dict[str, Row]:
     _read_again(net, [*sites[0], *sites[1]])
     for site in sites[0]:
         found = _why_not_fused(site) or _read(site)
-        if isinstance(found, str) and _runs_own_loop(site.node):
-            rows |= _exchange_loop(site)
-        elif isinstance(found, str):
-            state: State = "fused" if isinstance(site.node, Accelerated) else "left alone"
-            rows[site.path] = site.row("", found, state)
         if isinstance(found, str):
+            state: State = "fused" if isinstance(site.node, Accelerated) else "left alone"
+            row = {site.path: site.row("", found, state)}
+            rows |= _exchange_loop(site) if _runs_own_loop(site.node) else row
             continue
         note = _describe_equality(site, found)
         rows[site.path] = site.row("fused operator", note, "fused")

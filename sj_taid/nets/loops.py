@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dis
 import sys
 from collections.abc import Iterator
 from functools import cache
-from types import CodeType, FunctionType
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from .._internal import compat, graph
 from ..fused_neuron import FusedNeuron
+from ..ops.step.code import instructions_of
 from ..ops.step.program import Reading
 from ..ops.step.readings import read_neuron
 from ..ops.step.sequence import Layout, Loop
@@ -60,14 +60,7 @@ def _has_loop(kind: Any) -> bool:
     own = [c for c in kind.__mro__ if c.__module__.partition(".")[0] not in _KNOWN - {"__main__"}]
     codes = [f.__code__ for c in own for f in vars(c).values() if isinstance(f, FunctionType)]
     is_own = any(name in vars(c) for c in own for name in ("forward", "multi_step_forward"))
-    return is_own and any(i.opname == "FOR_ITER" for c in codes for i in _instructions(c))
-
-
-def _instructions(code: CodeType) -> Iterator[dis.Instruction]:
-    yield from dis.get_instructions(code)
-    for inner in code.co_consts:
-        if isinstance(inner, CodeType):
-            yield from _instructions(inner)
+    return is_own and any(i.opname == "FOR_ITER" for c in codes for i in instructions_of(c))
 
 
 def read_loop(site: Site, engine: Any) -> tuple[Layout, dict[int, Reading]] | str:

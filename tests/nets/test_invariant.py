@@ -270,7 +270,7 @@ OTHERS = {
 
 #: what has no value of a tensor in ordinary memory
 RAISES = {"grad_dtype.__get__", "imag.__get__", "__cuda_array_interface__.__get__"}
-RAISES.add("_has_grad_dtype_override.__get__")  # of torch 2.15, of leaves alone
+RAISES |= {"_has_grad_dtype_override.__get__"}  # torch 2.15's, for leaves alone
 POOLS = {value: name for name, value in vars(F).items() if "pool" in name and callable(value)}
 
 

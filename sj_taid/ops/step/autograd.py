@@ -83,7 +83,7 @@ def _saved_tensors(ctx: Any, name: str) -> tuple[Tensor, ...]:
         if "inplace operation" not in str(error):
             raise
         raise RuntimeError(
-            f"{f'the neuron {name!r}' if name else 'the neuron'} reads its input, voltage "
+            f"the neuron{f' {name!r}' if name else ''} reads its input, voltage "
             "and parameters again in its backward, but one was changed in place since its "
             "forward: write h = h + o instead of h += o, change parameters after the backward, "
             f"or use what does not read the input again: {_UNFUSED}"

@@ -102,15 +102,14 @@ def _functions_of(start: Any) -> Iterator[FunctionType]:
 
 def _check_writes(function: FunctionType) -> None:
     code, before = function.__code__, None
-    for inner in _codes(code):
-        for line in dis.get_instructions(inner):
-            is_free = line.opname.endswith("_DEREF") and line.argval in code.co_freevars
-            if line.opname == "STORE_GLOBAL" or (is_free and line.opname == "STORE_DEREF"):
-                raise NotRead(f"sets {line.argval!r} outside of it")
-            if line.opname == "STORE_ATTR" and before is not None:
-                raise NotRead(f"sets {before}.{line.argval} outside of it")
-            is_outside = is_free or line.opname in ("LOAD_GLOBAL", "LOAD_NAME")
-            before = line.argval if is_outside else None
+    for line in instructions_of(code):
+        is_free = line.opname.endswith("_DEREF") and line.argval in code.co_freevars
+        if line.opname == "STORE_GLOBAL" or (is_free and line.opname == "STORE_DEREF"):
+            raise NotRead(f"sets {line.argval!r} outside of it")
+        if line.opname == "STORE_ATTR" and before is not None:
+            raise NotRead(f"sets {before}.{line.argval} outside of it")
+        is_outside = is_free or line.opname in ("LOAD_GLOBAL", "LOAD_NAME")
+        before = line.argval if is_outside else None
 
 
 def _check_script(function: Any) -> None:
@@ -133,9 +132,15 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
             yield from _codes(inner)
 
 
+def instructions_of(code: CodeType) -> Iterator[dis.Instruction]:
+    """The instructions of a function, and of those that are defined in it."""
+    for inner in _codes(code):
+        yield from dis.get_instructions(inner)
+
+
 def _globals_of(function: FunctionType) -> set[str]:
     """The globals that a function's code reads, of those that there are."""
-    lines = (line for code in _codes(function.__code__) for line in dis.get_instructions(code))
+    lines = instructions_of(function.__code__)
     found = {line.argval for line in lines if line.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
     return found & function.__globals__.keys()
 

@@ -240,12 +240,11 @@ class _Reader:
             raise NotRead(f"changes a part of a tensor in place ({name})")
         base = name.rstrip("_") if in_place else name
         value = self._understand(call, _SAME_AS.get(base, base))
-        for result in call.result if isinstance(call.result, list | tuple) else [call.result]:
-            if isinstance(result, Tensor):
-                self.values[id(result)] = value
-                self._alias(result).add(id(result))
-                for other in shown:  # views of one step are the whole of it
-                    self.values[other] = value._replace(shape=self.values[other].shape)
+        for result in call.results:
+            self.values[id(result)] = value
+            self._alias(result).add(id(result))
+            for other in shown:  # views of one step are the whole of it
+                self.values[other] = value._replace(shape=self.values[other].shape)
 
     def _understand(self, call: Call, base: str) -> _Value:
         result = call.result

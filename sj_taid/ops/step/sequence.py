@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
@@ -26,7 +25,6 @@ from .program import MOST_STATES, NotRead, Reading
 from .read import FULL, odd_shapes, read_calls, tensors_of
 from .record import Neuron, Notes, recording
 from .trace import (
-    ONE_READING,
     Call,
     Opaque,
     Recorder,
@@ -34,7 +32,8 @@ from .trace import (
     example,
     find_reach,
     random_states,
-    same,
+    tracing,
+    undisturbed,
 )
 from .verify import differs, run_plan
 
@@ -124,13 +123,7 @@ class Loop(Neuron):
     ) -> str | None:
         """Why a reading is not used: sequences of other lengths differ from the module's own."""
         sizes = 2, *shape[1:2], *[3] * (len(shape) - 2)
-        with (
-            torch.random.fork_rng(devices=()),
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            torch.autocast("cpu", enabled=False),
-            saved_tensors_hooks(same, same),
-        ):
+        with undisturbed(), torch.enable_grad():
             lengths = dict.fromkeys((*LENGTHS, self.layout.length or LENGTHS[0]))
             for steps, scale in itertools.product(lengths, (0.5, 1.0, 2.0)):
                 seen = self.layout.steps or steps, *sizes
@@ -239,8 +232,7 @@ class _Tracker(Recorder):
 
     def _follow(self, call: Call) -> None:
         given = tensors_of(call)
-        results = call.result if isinstance(call.result, list | tuple) else [call.result]
-        results = [r for r in results if isinstance(r, Tensor)]
+        results = call.results
         if call.name in FULL:
             for result in results:
                 self.places[id(result)] = torch.full(result.shape, -1, device="cpu")
@@ -393,14 +385,7 @@ def _outputs(tracker: _Tracker, y: Tensor) -> list[Tensor]:
 
 def _trace(loop: Loop, steps: int, tensors: Any, shape: Any) -> Any:
     """What a step is given, by name, its calls and their results, and what was found of it."""
-    with (
-        ONE_READING,
-        torch.inference_mode(False),
-        torch.autocast("cpu", enabled=False),
-        torch.random.fork_rng(devices=()),
-        saved_tensors_hooks(same, same),
-        torch.jit.optimized_execution(False),
-    ):
+    with tracing():
         drawn = random_states()
         given = [example(t.shape, t.dtype) for t in tensors]
         run = partial(_run, loop._forward, loop.layout, steps, given, shape)
@@ -459,9 +444,7 @@ class _Steps:
         found = (*self.states, outputs[self.at], *self.next)
         self.indices = [self._index(tracker, t) for t in found]
         uses = [{id(tracker.owner(t)) for t in tensors_of(c)} for c in tracker.calls]
-        now = [
-            any(tracker.steps.get(id(r)) == self.at for r in _results_of(c)) for c in tracker.calls
-        ]
+        now = [any(tracker.steps.get(id(r)) == self.at for r in c.results) for c in tracker.calls]
         #: when each state is made, first used by its step, and where it is found
         self.cuts = sorted(
             (
@@ -481,7 +464,7 @@ class _Steps:
         for call in reversed(tracker.calls):
             given = {id(t): t for t in map(tracker.owner, tensors_of(call))}
             given = {key: t for key, t in given.items() if key in tracker.places}
-            for result in _results_of(call):
+            for result in call.results:
                 step, used = tracker.steps.get(id(result)), users.get(id(result), ())
                 if step is None or tracker.made.get(id(result), -1) < 0:
                     continue
@@ -494,7 +477,7 @@ class _Steps:
         """Where a tensor is in a trace, to find it in another."""
         if (made := tracker.made[id(tensor)]) < 0:
             return made, tracker.steps[id(tensor)]
-        return made, [r is tensor for r in _results_of(tracker.calls[made])].index(True)
+        return made, [r is tensor for r in tracker.calls[made].results].index(True)
 
     def _match(self, t: int, a: Any, b: Any) -> None:
         """Check that ``a`` of step ``t`` is the same lines as ``b`` of the step that is read."""
@@ -534,7 +517,7 @@ class _Steps:
                 raise NotRead(f"is another at step {t}: reads other tensors")
             return
         first, second = (tracker.calls[n] for n in calls if n is not None)
-        parts = [[r is x for r in _results_of(c)] for c, x in ((first, a), (second, b))]
+        parts = [[r is x for r in c.results] for c, x in ((first, a), (second, b))]
         one, two = ([*_flat(c.args), *_flat(sorted(c.kwargs.items()))] for c in (first, second))
         if first.function is not second.function or parts[0] != parts[1] or len(one) != len(two):
             raise NotRead(f"is another at step {t}: has {first.name} for {second.name}")
@@ -550,12 +533,12 @@ class _Steps:
     def _find_starts(self) -> tuple[float, ...]:
         """The states before step 0, of which the step makes what step 0 gave."""
         tracker, first = self.tracker, self.given[1]
-        steps = [tracker.steps.get(id(r)) for c in tracker.calls for r in _results_of(c)[:1]]
+        steps = [tracker.steps.get(id(r)) for c in tracker.calls for r in c.results[:1]]
         tried: dict[float, None] = {0.0: None}
-        for step, call in zip(steps, (c for c in tracker.calls if _results_of(c)), strict=True):
+        for step, call in zip(steps, (c for c in tracker.calls if c.results), strict=True):
             numbers = [n for n in _flat(call.args) if isinstance(n, int | float)]
             if step is None:
-                numbers = [_number_of(r) for r in _results_of(call)]
+                numbers = [_number_of(r) for r in call.results]
             if step in (None, 0):
                 tried |= dict.fromkeys(float(n) for n in numbers if n is not None)
         wanted: list[Any] = [_values(self.outputs[0])]
@@ -582,8 +565,8 @@ class _Steps:
         args, kwargs = tree_map_only(
             Tensor, lambda t: self._compute(t, known), (call.args, call.kwargs)
         )
-        results = _results_of(call._replace(result=call.function(*args, **kwargs)))
-        for made, value in zip(_results_of(call), results, strict=True):
+        results = call._replace(result=call.function(*args, **kwargs)).results
+        for made, value in zip(call.results, results, strict=True):
             known[id(made)] = value
         return known[id(tensor)]
 
@@ -621,7 +604,7 @@ class _Steps:
     def _find(self, tracker: _Tracker, index: tuple[int, int]) -> Any:
         """A tensor of the first run in the second."""
         made, part = index
-        return tracker.blocks[part] if made < 0 else _results_of(tracker.calls[made])[part]
+        return tracker.blocks[part] if made < 0 else tracker.calls[made].results[part]
 
     def differentiate(self, tracker: _Tracker, tensors: list[Tensor]) -> Any:
         """What the step is given by name, its calls and those of its gradient, and its results."""
@@ -655,7 +638,7 @@ class _Steps:
 
     def _needed(self, tracker: _Tracker, roots: Any, given: set[int], forward: int) -> list[Call]:
         """The calls that make the roots of what is given, in their order."""
-        maker = {id(r): n for n, c in enumerate(tracker.calls[:forward]) for r in _results_of(c)}
+        maker = {id(r): n for n, c in enumerate(tracker.calls[:forward]) for r in c.results}
         found: set[int] = set()
         stack = [*roots]
         while stack:
@@ -678,11 +661,6 @@ def _flat(args: Any) -> list[Any]:
     for arg in args:
         found += _flat(arg) if isinstance(arg, list | tuple) else [arg]
     return found
-
-
-def _results_of(call: Call) -> list[Tensor]:
-    results = call.result if isinstance(call.result, list | tuple) else [call.result]
-    return [r for r in results if isinstance(r, Tensor)]
 
 
 def _number_of(tensor: Tensor) -> Any:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,14 +43,7 @@ def trace_step(
     """
     if states > MOST_STATES:
         raise NotRead(f"has more than {MOST_STATES} states")
-    with (
-        ONE_READING,
-        torch.inference_mode(False),
-        torch.autocast("cpu", enabled=False),
-        torch.random.fork_rng(devices=()),
-        saved_tensors_hooks(same, same),  # not those of the caller
-        torch.jit.optimized_execution(False),  # scripted functions, which change as they run
-    ):
+    with tracing():
         # Until no mask chooses one neuron alone, which torch treats otherwise.
         for seed in range(16):
             torch.default_generator.manual_seed(seed)
@@ -67,13 +61,33 @@ def trace_step(
     return dict(zip(names, (*inputs, *upstream), strict=True)), calls, ends, reach
 
 
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Without the caller's modes and hooks, and without drawing its random numbers."""
+    with (
+        torch.inference_mode(False),
+        torch.autocast("cpu", enabled=False),
+        torch.random.fork_rng(devices=()),
+        saved_tensors_hooks(_same, _same),  # not those of the caller, which may count
+    ):
+        yield
+
+
+@contextmanager
+def tracing() -> Iterator[None]:
+    """Where a step is traced: one at a time, undisturbed."""
+    # Scripted functions change as they run.
+    with ONE_READING, undisturbed(), torch.jit.optimized_execution(False):
+        yield
+
+
 def random_states() -> tuple[Any, ...]:
     """The states of Python's and numpy's random numbers; torch's are seen by its operations."""
     state: Any = np.random.get_state(legacy=False)  # noqa: NPY002
     return random.getstate(), repr(state["state"])
 
 
-def same(tensor: Tensor) -> Tensor:
+def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
@@ -124,6 +138,12 @@ class Call(NamedTuple):
     @property
     def name(self) -> str:
         return self.function._schema.name.split("::")[1]
+
+    @property
+    def results(self) -> list[Tensor]:
+        """The tensors that it gives."""
+        results = self.result if isinstance(self.result, list | tuple) else [self.result]
+        return [result for result in results if isinstance(result, Tensor)]
 
 
 class Recorder(TorchDispatchMode):

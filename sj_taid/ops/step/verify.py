@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 
 from .autograd import apply_fused
 from .plan import find_plan, spec_of
 from .program import NotRead, Reading
 from .record import Neuron
-from .trace import same
+from .trace import undisturbed
 
 #: steps, and how far two results may be apart, relative to 1 and to the size of theirs
 _STEPS, _FAR = 3, 1e-3
@@ -39,13 +38,7 @@ def verify(
     if 0 in shape[1:2]:
         return None
     many, one = ((n, *shape[1:2], *[n - 1 or 1] * (len(shape) - 2)) for n in (4, 1))
-    with (
-        torch.random.fork_rng(devices=()),
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        torch.autocast("cpu", enabled=False),
-        saved_tensors_hooks(same, same),  # not those of the caller, which may count
-    ):
+    with undisturbed(), torch.enable_grad():
         try:
             pairs = [
                 pair

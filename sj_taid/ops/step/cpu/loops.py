@@ -70,10 +70,7 @@ class Arguments(ctypes.Structure):
                 *("spare_row", "state_row"),
             )
         ),
-        (
-            "backward_rows",
-            ctypes.c_int64 * LAST_ROWS,
-        ),  #: of the last step, and so on
+        ("backward_rows", ctypes.c_int64 * LAST_ROWS),  #: of the last step, and so on
         ("operand_channels", ctypes.c_int64 * MOST_OPERANDS),  #: whether each is one per channel
         ("total_channels", ctypes.c_int64 * MOST_TOTALS),
         ("v_init", ctypes.c_float * MOST_STATES),
