@@ -21,6 +21,7 @@ from .modules import (
     AcceleratedNorm,
     accelerate_module,
     why_not_fused,
+    why_not_own,
 )
 from .neurons import (
     Site,
@@ -184,9 +185,7 @@ def _why_not_fused(site: Site) -> str | None:
             "it runs step by step: functional.set_step_mode(net, 'm') first, but only if the net's "
             "forward takes the whole sequence [T, N, *] and does not loop over time"
         )
-    if any(map(callable, (v for n, v in vars(node).items() if hasattr(node.__class__, n)))):
-        return "a function of its own, which the fused operator would not call"
-    return None
+    return why_not_own(node)
 
 
 def _read(site: Site) -> dict[int, Reading] | str:

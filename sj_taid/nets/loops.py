@@ -18,7 +18,7 @@ from ..ops.step.code import instructions_of
 from ..ops.step.program import Reading
 from ..ops.step.readings import read_neuron
 from ..ops.step.sequence import Layout, Loop
-from .modules import Exchanged, accelerated_class
+from .modules import Exchanged, accelerated_class, why_not_own
 from .neurons import Site, find_sites
 
 #: packages whose classes are no net's own
@@ -68,8 +68,8 @@ def read_loop(site: Site, engine: Any) -> tuple[Layout, dict[int, Reading]] | st
     node: Any = site.node
     if is_parametrized(node):
         return "it is parametrized"
-    if any(map(callable, (v for n, v in vars(node).items() if hasattr(type(node), n)))):
-        return "a function of its own, which the fused operator would not call"
+    if reason := why_not_own(node):
+        return reason
     sizes = [t.numel() for t in Loop(node, Layout(0)).tensors.values() if t.numel() > 1]
     channels = sizes[0] if sizes else 3
     shapes = [(2, channels, *more) for more in ((5, 7), (), (5,), (5, 7, 9))]

@@ -67,6 +67,13 @@ def accelerate_module(module: Any) -> Any:
     return module
 
 
+def why_not_own(node: nn.Module) -> str | None:
+    """Why a module does not run as its class does, or ``None``."""
+    if any(map(callable, (v for n, v in vars(node).items() if hasattr(type(node), n)))):
+        return "a function of its own, which the fused operator would not call"
+    return None
+
+
 #: a subclass that overrides one of these may compute something other than batch norm
 _NORM_METHODS = ("forward", "super_forward", "__call__", "_check_input_dim")
 #: the norms whose input a neuron may take
