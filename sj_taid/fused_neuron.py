@@ -436,6 +436,10 @@ def read_again(node: Any) -> None:
     node.__dict__.pop("_taid_plans", None)
     known = node.__dict__.get("_taid_in_graphs")
     if known is not None and kind in compiled.KINDS:
+        # What transforms or watches this call would do so to a reading: until the next the class
+        # runs.
+        node.__dict__["_taid_in_graphs"] = known._replace(keys={})
+    if known is not None and kind in compiled.KINDS and graph.is_eager():
         about = node._taid_step, ENGINES[known.device.type], known.device
         found = {len(shape): read_neuron(node, shape, *about) for shape in known.shapes}
         read = {axes: one for axes, one in found.items() if isinstance(one, Reading)}

@@ -9,6 +9,7 @@ import pytest
 import torch
 from spikingjelly.activation_based import functional, neuron, surrogate
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("numba", reason="needs numba: pip install numba")
 from sj_taid import ALIFNode, accelerate
@@ -256,3 +257,37 @@ def test_after_train_a_graph_computes_what_the_step_does(name, monkeypatch):
     )
     fast.train()
     check_equal(plain, in_graph, x=x)
+
+
+def under_a_mode(net, x):
+    with FlopCounterMode(display=False):
+        return net.eval()(x)
+
+
+WATCHED = {
+    "vmap": lambda net, x: torch.func.vmap(lambda x: net.eval()(x), in_dims=1)(x.unsqueeze(2)),
+    # SpikingJelly's own surrogates cannot be differentiated so.
+    "grad": lambda net, x: torch.func.grad(lambda x: (net.eval(), x.sum())[1])(x),
+    "a mode": under_a_mode,
+    "a trace": lambda net, x: torch.jit.trace(lambda x: net.eval()(x), x, check_trace=False)(x),
+}
+
+
+@needs_2
+@pytest.mark.parametrize("name", WATCHED)
+@pytest.mark.filterwarnings("ignore:.*")
+def test_eval_where_torch_transforms_or_watches(name):
+    torch._dynamo.reset()
+    x, operators = torch.randn(3, 2, 4), Operators()
+    plain, fast = pair(neuron.LIFNode())
+    in_graph = torch.compile(fast, backend=operators)
+    check_equal(plain, in_graph, x=x)
+    for node in (plain, fast):
+        node.reset()
+    assert torch.equal(WATCHED[name](fast, x), WATCHED[name](plain, x))
+    fast.train()
+    torch._dynamo.reset()
+    for node in (plain, fast):
+        node.reset()
+    check_equal(plain, in_graph, x=x)
+    assert operators.found == 2
