@@ -72,7 +72,7 @@ def commands():
     """Every line of a console, and every command in the text."""
     programs = r"(?:python3?|sj-taid|make|pip|pytest|torchrun)\s"
     for page in [*GUIDES, *RESULTS]:
-        lines = re.findall(rf"^\$ (.*)$|`({programs}[^`|]*)`", read(page), re.M)
+        lines = re.findall(rf"^\$ (.*)$|(?<!`)`({programs}[^`|]*)`", read(page), re.M)
         for line in dict.fromkeys(map("".join, lines)):
             # The reader fills in <day>.
             yield pytest.param(re.sub(r"<[^>]*>", "x", line), id=f"{page.stem}: {line[:60]}")
