@@ -369,6 +369,14 @@ def decoders() -> pd.DataFrame:
     return table[["experiment", "epochs", "neuron", "decoder", *titles.values(), "pairs"]]
 
 
+def attention_rates() -> pd.DataFrame:
+    """Training loss of the third epoch by image decoder and learning rate."""
+    rows = pd.read_csv(RESULTS / "attention_rates.csv", dtype={"lr": str})
+    losses = rows.pivot(index="decoder", columns="lr", values="loss").map("{:.4f}".format)
+    losses["taken"] = rows.loc[rows.groupby("decoder")["loss"].idxmin()].set_index("decoder")["lr"]
+    return losses[["5e-4", "1e-3", "2e-3", "taken"]].reset_index()
+
+
 def signed(change: pd.Series, decimals: int = 1) -> str:
     text = Column("", 1, decimals).text(change)
     return text if text.startswith("-") or not text else f"+{text}"
@@ -527,7 +535,7 @@ def read_neuron(kind: Any) -> tuple[str, str]:
 #: the functions of the tables, by name
 TABLES: dict[str, Callable[[], Any]] = {
     **{f.__name__: f for f in (gains, generators, decoders, start_map, classes, recipes)},
-    **{f.__name__: f for f in (models, memory, neurons_read)},
+    **{f.__name__: f for f in (models, memory, neurons_read, attention_rates)},
     "taid": lambda: gains().query("net.str.contains('epochs') and what.str.contains('error')"),
     "zoo": partial(show, "zoo", "written net norms fused left before_mb after_mb ratio"),
     "host": partial(show, "host", "what shape system cpu_us cpu_ratio", "system != 'plain'"),
