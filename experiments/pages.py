@@ -377,6 +377,62 @@ def attention_rates() -> pd.DataFrame:
     return losses[["5e-4", "1e-3", "2e-3", "taken"]].reset_index()
 
 
+def attention_runs() -> pd.DataFrame | None:
+    """Errors of the image decoders that are compared, by updates, and both FAD, over seeds."""
+    rows = compared()
+    if rows is None:
+        return None
+    errors = {f"error_{n}": f"{n:,} updates" for n in (500, 1000, 2000, 3000)}
+    errors |= {"error_refitted": "refitted"}
+    fads = {"fad": "own FAD", "fad_published": "FAD as published"}
+    # Samples that are far from all images say nothing by how far they are.
+    published = pd.read_csv(RESULTS / "published.csv").query(
+        "row == 'FSVAE' and metric == 'fad_published' and dataset == 'mnist'"
+    )
+    rows.loc[rows["fad_published"] > 3 * published["value"].item(), [*fads]] = float("nan")
+    groups = rows.groupby("decoder")
+    texts = {
+        title: groups[name].agg(METRICS["reconstruction"].text) for name, title in errors.items()
+    }
+    texts |= {title: groups[name].agg(METRICS[name].text) for name, title in fads.items()}
+    return pd.DataFrame(texts).assign(seeds=groups.size()).reset_index()
+
+
+def attention_verdicts() -> pd.DataFrame | None:
+    """The image decoders' errors against each other's, by the rule that RESULTS has."""
+    rows = compared()
+    if rows is None:
+        return None
+    tables = []
+    for metric, title in (("error_3000", "3,000 updates"), ("error_refitted", "refitted")):
+        values = rows.pivot(index="seed", columns="decoder", values=metric)
+        table = pd.DataFrame(
+            {f"than {b}": {a: verdict(values[a], values[b]) for a in values} for b in values}
+        )
+        table.insert(0, "error", title)
+        tables.append(table.rename_axis("decoder").reset_index())
+    return pd.concat(tables)
+
+
+def compared() -> pd.DataFrame | None:
+    """The runs of ``experiments/attention.py``, as soon as there are any."""
+    path = RESULTS / "attention_runs.csv"
+    return pd.read_csv(path) if path.exists() else None
+
+
+def verdict(ours: pd.Series, theirs: pd.Series, seeds: int = 3) -> str:
+    """Whether errors are better or worse: one sign in all seeds, and more than 5 % in the mean."""
+    if ours.name == theirs.name:
+        return ""
+    changes = 100 * (ours / theirs - 1).dropna()
+    if len(changes) < seeds:
+        return f"{len(changes)} of {seeds} runs"
+    mean = 100 * (ours.mean() / theirs.mean() - 1)
+    if abs(mean) > 5 and changes.lt(0).nunique() == 1:
+        return f"{'better' if mean < 0 else 'worse'}, {mean:+.0f} %"
+    return f"no difference, {mean:+.0f} %"
+
+
 def signed(change: pd.Series, decimals: int = 1) -> str:
     text = Column("", 1, decimals).text(change)
     return text if text.startswith("-") or not text else f"+{text}"
@@ -535,7 +591,8 @@ def read_neuron(kind: Any) -> tuple[str, str]:
 #: the functions of the tables, by name
 TABLES: dict[str, Callable[[], Any]] = {
     **{f.__name__: f for f in (gains, generators, decoders, start_map, classes, recipes)},
-    **{f.__name__: f for f in (models, memory, neurons_read, attention_rates)},
+    **{f.__name__: f for f in (models, memory, neurons_read)},
+    **{f.__name__: f for f in (attention_rates, attention_runs, attention_verdicts)},
     "taid": lambda: gains().query("net.str.contains('epochs') and what.str.contains('error')"),
     "zoo": partial(show, "zoo", "written net norms fused left before_mb after_mb ratio"),
     "host": partial(show, "host", "what shape system cpu_us cpu_ratio", "system != 'plain'"),

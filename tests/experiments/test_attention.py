@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from experiments.attention import Attention, Gain, Steps
+from experiments.attention import Attention, Gain, Steps, refit
 from sj_taid import TAID, FixedDecoder
 
 T = 8
@@ -52,3 +52,26 @@ def test_attention_is_taid_times_its_scale():
 def test_a_quarter_starts_at_a_sum_of_1():
     silent = torch.zeros(T, 1, 1, 4, 4)  # each weight is sigmoid(0)
     assert Attention(T, 2 / T).attention(silent).sum().item() == 1.0
+
+
+def test_refit_takes_a_gain_and_an_offset_away():
+    images = list(torch.rand(10, 1, 4, 4))
+    refitted = refit(lambda x: 0.5 * x - 0.25, images, images)
+    assert refitted["gain"] == pytest.approx(2, rel=1e-5)
+    assert refitted["offset"] == pytest.approx(0.5, rel=1e-5)
+    assert refitted["error_refitted"] == pytest.approx(0, abs=1e-12)
+
+
+def test_refit_is_least_squares():
+    x, noise = torch.rand(2, 200, dtype=torch.float64)
+    made = dict(zip(x.tolist(), (x + noise).tolist(), strict=True))
+
+    def model(of):
+        return of.new_tensor([made[value] for value in of.tolist()])
+
+    refitted = refit(model, [x[:50], x[50:]], [x])
+    design = torch.stack([x + noise, torch.ones_like(x)], 1)
+    found = torch.linalg.lstsq(design, x).solution
+    expected = [*found, (design @ found - x).square().mean()]
+    values = torch.tensor([*refitted.values()], dtype=torch.float64)
+    torch.testing.assert_close(values, torch.stack(expected))

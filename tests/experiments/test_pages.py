@@ -152,3 +152,22 @@ def test_a_script_of_a_result_is_there_or_the_page_says_where():
     assert len(scripts) > 9
     for script in scripts:
         assert (pages.ROOT / script).is_file() or f"`{script.removeprefix('experiments/')}`" in told
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "expected"),
+    [
+        ([0.9, 0.8, 0.9], [1.0, 1.0, 1.0], "better, -13 %"),
+        ([1.0, 1.0, 1.0], [0.9, 0.8, 0.9], "worse, +15 %"),
+        ([0.5, 0.5, 1.1], [1.0, 1.0, 1.0], "no difference, -30 %"),
+        ([0.96, 0.96, 0.96], [1.0, 1.0, 1.0], "no difference, -4 %"),
+        ([0.5, 0.5], [1.0, 1.0, 1.0], "2 of 3 runs"),
+    ],
+)
+def test_verdict_by_the_rule_of_the_comparison(ours, theirs, expected):
+    series = pd.Series(ours, name="taid"), pd.Series(theirs, name="mean")
+    assert pages.verdict(*series) == expected
+
+
+def test_verdict_is_none_against_itself():
+    assert pages.verdict(pd.Series([1.0], name="taid"), pd.Series([1.0], name="taid")) == ""
