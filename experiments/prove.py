@@ -66,11 +66,10 @@ SIZES = {
     },
 }
 
-#: The tests, with pytest's options, that compare a device's backend with the definition.
+#: The tests, with pytest's options, that compare a device's backend with the definition in a dtype.
 CONFORMANCE = {
-    "cuda": "-m gpu tests/ops/step/test_gpu.py "
-    "-k 'test_conforms and -{0}- or (test_at_the_threshold or test_other_neurons) and torch.{0}'",
-    "cpu": "tests/ops/step/test_cpu.py tests/ops/step/test_norm.py -k 'test_conforms and -{}-'",
+    "cuda": "tests/ops/step/test_gpu.py -m 'conforms and {}'",
+    "cpu": "tests/ops/step/test_cpu.py tests/ops/step/test_norm.py -m 'conforms and {}'",
 }
 
 OUTCOMES = PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"

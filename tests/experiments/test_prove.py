@@ -5,6 +5,7 @@ import importlib.util
 import re
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import any_net
 import prove
@@ -87,6 +88,26 @@ def test_every_step_is_a_command_that_parses(device, tmp_path, parse_only):  # n
             name = Path(program).stem
         with pytest.raises(Parsed):
             importlib.import_module(name).main(arguments)
+
+
+def collect(*arguments):
+    """The tests that pytest would run."""
+    found = []
+    watch = SimpleNamespace(pytest_collection_finish=lambda session: found.extend(session.items))
+    assert pytest.main(["--collect-only", "-qq", *arguments], plugins=[watch]) == 0
+    return {item.nodeid: item.originalname for item in found}
+
+
+@pytest.mark.parametrize("device", prove.SIZES)
+def test_conformance_selects_every_test_that_conforms(device, tmp_path):
+    """Each in the step of its dtype: a selection that is empty would be green."""
+    steps = [s for s in prove.steps(device, tmp_path) if s.name.startswith("conformance")]
+    selected = [collect(*step.arguments[2:]) for step in steps]
+    assert all("test_conforms" in of_dtype.values() for of_dtype in selected)
+    files = [argument for argument in steps[0].arguments if argument.endswith(".py")]
+    every = {node: name for node, name in collect("-m", "", *files).items() if "conforms" in name}
+    found = [node for of_dtype in selected for node in of_dtype]
+    assert len(found) == len(set(found)) and set(found) >= every.keys()
 
 
 def test_neurons_that_are_no_lif_are_made_and_fused():

@@ -1,6 +1,15 @@
 import pytest
+import torch
 
 from tests.ops.step.host import Host
+
+
+def pytest_itemcollected(item):
+    """Mark what conforms by its dtype, by which prove.py selects: its case's, or a parameter."""
+    if item.get_closest_marker("conforms"):
+        given = item.callspec.params
+        dtype = getattr(given.get("case"), "dtype", given.get("dtype", torch.float32))
+        item.add_marker(str(dtype).removeprefix("torch."))
 
 
 @pytest.fixture(scope="session")

@@ -65,6 +65,7 @@ SOME = OPTIONS | {"surrogate": ("ATan",), "dtype": FLOATS}
 ROWS = [*pairwise(SOME), *pairwise(COUNT_OPTIONS | {"dtype": FLOATS})]
 
 
+@pytest.mark.conforms
 @pytest.mark.parametrize("case", [make_case(row) for row in ROWS], ids=str)
 def test_conforms(case):
     assert not compare(case, cpu.multi_step)

@@ -64,12 +64,14 @@ OTHERS = [
 ]
 
 
+@pytest.mark.conforms
 @pytest.mark.parametrize("case", [make_case(row) for row in ROWS], ids=str)
 def test_conforms(cuda, case):
     with use_large_kernels(cuda):
         assert not compare(case, cuda.multi_step, "cuda", cuda.launches)
 
 
+@pytest.mark.conforms
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_neurons(cuda, name, dtype):
@@ -98,6 +100,7 @@ def test_equals_the_torch_loop_bit_for_bit():
     assert all(torch.equal(g, e) for g, e in zip(got, expected, strict=True))
 
 
+@pytest.mark.conforms
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("v_reset", [0.0, -0.25, None])
 def test_at_the_threshold_and_next_to_it(v_reset, dtype):

@@ -22,6 +22,7 @@ SHAPES = [
 ]
 
 
+@pytest.mark.conforms
 @pytest.mark.parametrize("norm", ["batch", "fixed"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("whole", [0, threads.WHOLE])
