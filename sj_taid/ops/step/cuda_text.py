@@ -12,6 +12,7 @@ from .text import EXPRESSIONS
 #: those that differ from numba's, of arguments that are float, or bool for conditions
 _EXPRESSIONS = EXPRESSIONS | {
     "abs": "fabsf({})",
+    "over": "{0} * {2}",  # as torch's CUDA, which divides by no number
     "and": "{} && {}",
     "or": "{} || {}",
     "not": "!{}",
@@ -107,6 +108,8 @@ def _lines(program: Program, roots: Sequence[str], exact: Collection[int]) -> li
     uses.update(roots)
     for k in needed:
         op, args = program.lines[k]
+        if op == "over" and k not in exact:
+            op, args = "mul", (args[0], args[2])
         name, values = f"t{k}", [products.get(a, _value(a)) for a in args]
         text = _EXPRESSIONS[op]
         if op == "div" and args[1][0] in "pc":  # of all neurons of a thread

@@ -14,7 +14,7 @@ _WRITTEN = {
     "ge": ("{} >= {}", 4), "gt": ("{} > {}", 4), "le": ("{} <= {}", 4), "lt": ("{} < {}", 4),
     "eq": ("{} == {}", 4), "ne": ("{} != {}", 4), "float": ("{}", 4),
     "add": ("{} + {}", 5), "sub": ("{} - {}", 5), "mul": ("{} * {}", 6), "scale": ("{} * {}", 6),
-    "div": ("{} / {}", 6), "neg": ("-{}", 7), "pow": ("{} ** {}", 8),
+    "div": ("{} / {}", 6), "over": ("{} / {}", 6), "neg": ("-{}", 7), "pow": ("{} ** {}", 8),
 }  # fmt: skip
 _FUNCTIONS = {"at_least": "max", "at_most": "min", "minimum": "min", "maximum": "max"}
 _COMPARISONS = ("ge", "gt", "le", "lt")
@@ -112,7 +112,7 @@ def _write(
         return plain[0], binds.get(args[0], 9)
     inner = []
     for k, (arg, text) in enumerate(zip(args, plain, strict=True)):
-        least = strength + (k > 0 and op in ("sub", "div", "pow"))
+        least = strength + (k > 0 and op in ("sub", "div", "over", "pow"))
         inner.append(f"({text})" if binds.get(arg, 9) < least else text)
     return form.format(*inner), strength
 

@@ -109,7 +109,7 @@ _LOGIC = {"logical_and": "and", "bitwise_and": "and", "logical_or": "or", "bitwi
 _LOGIC |= {"logical_not": "not", "bitwise_not": "not", "logical_xor": "ne", "bitwise_xor": "ne"}
 #: operations of one value to several, and how many arguments they have
 _PLAIN = {
-    "mul": 2, "div": 2, "neg": 1, "abs": 1, "sqrt": 1, "exp": 1, "log": 1, "sigmoid": 1, "tanh": 1,
+    "mul": 2, "neg": 1, "abs": 1, "sqrt": 1, "exp": 1, "log": 1, "sigmoid": 1, "tanh": 1,
     "sin": 1, "cos": 1, "erf": 1, "round": 1, "floor": 1, "ceil": 1, "trunc": 1, "sign": 1,
     "sgn": 1, "relu": 1, "reciprocal": 1, "rsqrt": 1, "minimum": 2, "maximum": 2, "atan": 1,
     "sigmoid_backward": 2, "tanh_backward": 2, "threshold_backward": 3, "expm1": 1, "log1p": 1,
@@ -120,7 +120,7 @@ _METHODS = {
     **dict.fromkeys(("where", "masked_fill"), "_choose"),
     **dict.fromkeys(("clamp", "clamp_min", "clamp_max", "hardtanh"), "_clamp"),
     **dict.fromkeys(("addcmul", "addcdiv"), "_add_product"),
-    **{"index_put": "_put", "pow": "_power"},
+    **{"index_put": "_put", "pow": "_power", "div": "_divide"},
 }
 _MOST = torch.finfo(torch.float32).max
 #: operations of several lines: of what makes a line of names and numbers, and of their arguments
@@ -143,7 +143,7 @@ _COMPOSED: dict[str, Callable[..., str]] = {
         "where", line("and", line("gt", x, low), line("lt", x, high)), g, 0
     ),
     "hardsigmoid": lambda line, x: line(
-        "div", line("at_most", line("at_least", line("add", x, 3), 0), 6), 6
+        "over", line("at_most", line("at_least", line("add", x, 3), 0), 6), 6, 1 / 6
     ),
     "hardsigmoid_backward": lambda line, g, x: line(
         "where", line("and", line("gt", x, -3), line("lt", x, 3)), line("mul", g, 1 / 6), 0
@@ -430,8 +430,6 @@ class _Reader:
             given = [a if a is None else self._float(a) for a in args]
             return _COMPOSED[base](self._line_of, *given)
         changes = kwargs.get("rounding_mode") or kwargs.get("decimals")
-        if base == "div" and changes == "trunc":
-            return self._line("trunc", self._line("div", *map(self._float, args)))
         if base in _PLAIN and not changes:
             return self._line(base, *(self._float(a) for a in args[: _PLAIN[base]]))
         raise NotRead(f"has {base}, which is not pointwise or not known")
@@ -459,9 +457,23 @@ class _Reader:
     def _add_product(self, base: str, args: Any, kwargs: Any) -> str:
         whole, first, second = map(self._float, args)
         if kwargs.get("value", 1) != 1:
-            first = self._line("mul", self._float(kwargs["value"]), first)
+            first = self._line("scale", self._float(kwargs["value"]), first)
         product = self._line("scale" if base == "addcmul" else "div", first, second)
         return self._line("add", whole, product)
+
+    def _divide(self, base: str, args: Any, kwargs: Any) -> str:
+        """Of a number, "over" has its reciprocal too, by which torch multiplies on CUDA."""
+        mode, (whole, part) = kwargs.get("rounding_mode"), args
+        if mode not in (None, "trunc"):
+            return ""
+        if isinstance(part, Tensor) and self.of(part).kind == "number" and part.dim() == 0:
+            part = self.of(part).name  # on the CPU, as torch.tensor makes it
+        found = [self._float(whole), self._float(part)]
+        if not isinstance(part, Tensor):
+            number = torch.tensor(part, dtype=torch.float32, device="cpu")
+            found.append(self._constant(number.reciprocal().item()))
+        name = self._line("div" if isinstance(part, Tensor) else "over", *found)
+        return self._line("trunc", name) if mode else name
 
     def _clamp(self, base: str, args: Any, kwargs: Any) -> str:
         low = args[1] if len(args) > 1 else kwargs.get("min", kwargs.get("min_val"))

@@ -14,6 +14,7 @@ EXPRESSIONS = {
     "mul": "{} * {}",
     "scale": "{} * {}",
     "div": "{} / {}",
+    "over": "{0} / {1}",  # a number, whose reciprocal is {2}
     "neg": "-{}",
     "abs": "abs({})",
     "ge": "{} >= {}",

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sj_taid.ops.step import cuda_text, kernels
+from tests.ops.step.as_on_cuda import AsOnCuda
 from tests.ops.step.host import FLAGS, GXX, PRELUDE, needs_gxx
 from tests.ops.step.test_text import CASES, COMPOSED, check, read
 
@@ -69,10 +70,13 @@ def run(library, reading, given, shape):
 
 @pytest.mark.parametrize("op", cuda_text._EXPRESSIONS)
 def test_an_operation_equals_torchs(library, op):
-    assert op in set().union(*(check(f, partial(run, library), rounds=True) for f in CASES[op]))
+    with AsOnCuda():
+        found = [check(f, partial(run, library), rounds=True) for f in CASES[op]]
+    assert op in set().union(*found)
 
 
 @pytest.mark.parametrize("name", COMPOSED)
 def test_what_becomes_several_lines_equals_torchs(library, name):
-    for function in COMPOSED[name]:
-        check(function, partial(run, library), rounds=True)
+    with AsOnCuda():
+        for function in COMPOSED[name]:
+            check(function, partial(run, library), rounds=True)

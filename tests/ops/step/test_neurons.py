@@ -1,6 +1,9 @@
 """The kernels' text for neurons of any class, built for the host, against steps in float64."""
 
 import itertools
+from contextlib import nullcontext
+from functools import partial
+from inspect import signature
 
 import pytest
 import torch
@@ -10,23 +13,26 @@ from sj_taid.nets.neurons import as_read
 from sj_taid.ops.step.autograd import apply_fused
 from sj_taid.ops.step.plan import spec_of
 from sj_taid.ops.step.record import Notes
+from sj_taid.ops.step.verify import verify
 from tests.helpers import HALF
 from tests.nets import own_neurons
+from tests.ops.step.as_on_cuda import AsOnCuda
 from tests.ops.step.conformance import pairwise
 from tests.ops.step.host import needs_gxx
 from tests.ops.step.norm import BatchNorm, batch_norm
 
 pytestmark = needs_gxx
 
+TAUS = (3.0, 1.1, 4 / 3, 1.5)  # none of which has an exact reciprocal
 MAKERS = {kind.__name__: kind for kind in own_neurons.OWN}
-MAKERS |= {
-    name: getattr(neuron, name)
-    for name in (
-        *("IFNode", "ILIFNode", "KLIFNode", "QIFNode", "EIFNode", "ComplementaryLIFNode"),
-        *("TernaryLIFNode", "IzhikevichNode"),
-    )
-    if hasattr(neuron, name)
-}
+for _name in (
+    *("IFNode", "ILIFNode", "LIFNode", "KLIFNode", "QIFNode", "EIFNode", "ComplementaryLIFNode"),
+    *("TernaryLIFNode", "IzhikevichNode", "ParametricLIFNode"),
+):
+    if hasattr(neuron, _name):
+        _kind, _tau = getattr(neuron, _name), TAUS[len(MAKERS) % len(TAUS)]
+        _taus = {n: _tau for n in ("tau", "init_tau") if n in signature(_kind).parameters}
+        MAKERS[_name] = partial(_kind, **_taus)
 OPTIONS = {
     "T": (1, 4, 7, 8, 9, 16, 17, 33),
     "dtype": (torch.float32, *HALF),
@@ -135,16 +141,27 @@ def test_the_kernels_compute_what_a_step_computes(launcher, name):
         check(engine, who, row, reading)
 
 
+def test_the_check_of_a_gpu_takes_any_divisor(launcher):
+    for tau in TAUS:
+        who, _ = as_read(neuron.LIFNode(tau))
+        reading = who.read((2, 64), Notes())
+        with AsOnCuda():
+            assert verify(who, reading, (2, 64), launcher.cuda.ENGINE, "cpu") is None
+
+
 def check(engine, who, row, reading, device="cpu"):
+    as_on_cuda = AsOnCuda if device == "cpu" else nullcontext
     for seed in itertools.count():
         given = draw(who, row, seed)
         exact = results(by_torch(who, row), row, given, torch.float64)
-        plain = results(by_torch(who, row), row, given, None, device)
+        with as_on_cuda():
+            plain = results(by_torch(who, row), row, given, None, device)
         if all(
             t is None or (t.isfinite().all() and t.abs().max() < 1e4) for t in exact.values()
         ) and torch.equal(exact["end 0"].to(plain["end 0"]).round(), plain["end 0"].round()):
             break
-    got = results(by_kernels(engine, who, reading, row), row, given, None, device)
+    with as_on_cuda():
+        got = results(by_kernels(engine, who, reading, row), row, given, None, device)
     assert got.keys() == exact.keys()
     for key, want in exact.items():
         have = got[key]

@@ -67,7 +67,15 @@ CASES = {
         *(lambda x, y: x**2, lambda x, y: x**3, lambda x, y: x**-2),
     ],
     "scale": [lambda x, y: torch.add(x, y, alpha=0.3), lambda x, y: torch.sub(x, y, alpha=0.7)],
-    "div": [lambda x, y: x / y, lambda x, y: x / 3.0, lambda x, y: 3 / x, lambda x, y: x / -0.0],
+    "div": [
+        *(lambda x, y: x / y, lambda x, y: 3 / x, lambda x, y: x / torch.full_like(y, 3)),
+        lambda x, y: F.softplus(x, 3.0),
+    ],
+    "over": [
+        *(lambda x, y: x / 3.0, lambda x, y: x / -0.0, lambda x, y: x / 1, lambda x, y: x / 1e-39),
+        *(lambda x, y: x / torch.tensor(1.1), lambda x, y: (x - y).div_(1.5)),
+        *(lambda x, y: torch.div(x, 4 / 3, rounding_mode="trunc"), lambda x, y: (x / 3).square()),
+    ],
     "neg": [lambda x, y: -x],
     "abs": [lambda x, y: x.abs()],
     "ge": [truth(torch.ge), lambda x, y: (x >= 1).float(), lambda x, y: (x >= 0.1).float()],
