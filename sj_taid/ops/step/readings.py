@@ -8,6 +8,7 @@ from operator import attrgetter
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
+import torch
 from torch import nn
 from torch.jit import ScriptFunction
 
@@ -67,6 +68,11 @@ def _read_and_check(
     node: Any, run: Any, shape: tuple[int, ...], notes: Notes, engine: Any, device: Any
 ) -> Reading | str:
     """A reading, after what it reads is noted; of other tensors of the node nothing is known."""
+    if torch.device(device).type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a neuron's first call is checked, which a CUDA graph being captured cannot do: "
+            "run one training step before capturing"
+        )
     try:
         neuron = neuron_of(node, run)
         found = neuron.read(shape, notes)

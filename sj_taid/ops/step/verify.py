@@ -31,6 +31,9 @@ def verify(
 
     From states that are tensors once a structure, in a process. For each reading as a new neuron
     starts, which its numbers may change, on one sample of one pixel, which a step may ask for.
+
+    Raises:
+        Exception: one that is passing, of which nothing is kept.
     """
     kind = getattr(neuron.node, "_taid_kind", type(neuron.node))
     channels = reading.operand_channels, reading.total_channels
@@ -48,6 +51,8 @@ def verify(
         except NotRead:
             raise
         except Exception as error:
+            if is_passing(error):
+                raise
             kind, text = type(error).__name__, str(error).strip().partition("\n")[0]
             return (
                 f"its step does not compile ({kind}: {text[:100]}), so the plain class runs: {_ASK}"
@@ -62,6 +67,14 @@ def verify(
             )
     _checked.add(key)
     return None
+
+
+def is_passing(error: Exception) -> bool:
+    """Whether an error is of the moment, such as no memory: it is raised, and no refusal kept."""
+    text = str(error).lower()
+    return isinstance(error, OSError | MemoryError | torch.cuda.OutOfMemoryError) or any(
+        cause in text for cause in ("out of memory", "allocate memory", "captur")
+    )
 
 
 def _results(

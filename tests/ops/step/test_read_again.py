@@ -14,8 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 pytest.importorskip("numba", reason="needs numba: pip install numba")
 from sj_taid import ALIFNode, accelerate
 from sj_taid._internal import compat
-from sj_taid.ops.step import compiled, record, reference
-from sj_taid.ops.step.plan import find_plan
+from sj_taid.ops.step import compiled, record, reference, verify
+from sj_taid.ops.step.plan import ENGINES, find_plan
+from sj_taid.ops.step.program import Reading
+from sj_taid.ops.step.readings import read_neuron
 from tests.nets.own_neurons import Own, _Triangle
 from tests.ops.step.test_read import check_equal, pair
 from tests.test_compile import Operators, needs_2
@@ -229,6 +231,52 @@ def test_a_net_is_read_once_for_each_class_and_values_and_compiled_once(kinds, m
         assert len(readings) == (9 if kinds else 3)
         readings.clear()
     assert find_plan.cache_info().misses == plans
+
+
+PASSING = [
+    torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB."),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+    RuntimeError("CUDA_ERROR_OUT_OF_MEMORY: out of memory"),
+    RuntimeError("CUDA error: operation not permitted when stream is capturing"),
+    MemoryError(),
+    OSError(28, "No space left on device"),
+]
+
+
+@pytest.mark.parametrize("error", [*PASSING, ValueError("no number")], ids=repr)
+@pytest.mark.parametrize("after", ["run_plan", "differs"])
+def test_nothing_is_kept_of_a_passing_error_in_the_first_calls_check(error, after, monkeypatch):
+    class Fresh(Own):
+        def step(self, x, v):
+            return self.surrogate_function(v + x), v * 0.5 + x
+
+    def fail(*arguments):
+        raise error
+
+    def read():
+        return read_neuron(node, (2, 3), compat.step_of(Fresh), ENGINES["cpu"], "cpu")
+
+    node = Fresh()
+    with monkeypatch.context() as patch:
+        patch.setattr(verify, after, fail)
+        if error in PASSING:
+            with pytest.raises(type(error)) as info:
+                read()
+            assert info.value is error
+        else:
+            with pytest.warns(RuntimeWarning, match="Fresh: its step does not compile .ValueError"):
+                refusal = read()
+    assert isinstance(read(), Reading) if error in PASSING else read() == refusal
+
+
+def test_a_first_call_in_a_captured_graph_keeps_nothing(monkeypatch):
+    node = neuron.IFNode(v_threshold=0.123)
+    about = node, (2, 3), compat.step_of(neuron.IFNode), ENGINES["cpu"]
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        with pytest.raises(RuntimeError, match="run one training step before capturing"):
+            read_neuron(*about, torch.device("cuda", 0))
+    assert isinstance(read_neuron(*about, "cpu"), Reading)
 
 
 #: some edits in graphs, of which a changed reading is traced again
