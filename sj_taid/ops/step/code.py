@@ -31,7 +31,10 @@ PLAIN = (bool, int, float, str, type(None), torch.dtype)
 _KNOWN = {"torch", "numpy", "spikingjelly", "sj_taid", *sys.stdlib_module_names}
 #: what a scripted function may ask a tensor for
 _OF_SCRIPTS = frozenset(
-    ["size", "numel", "len", "stride", "is_contiguous", "requires_grad", "storage_offset", "sizes"]
+    (
+        *("size", "numel", "len", "stride", "is_contiguous", "requires_grad", "storage_offset"),
+        *("sizes", "dtype"),
+    )
 )
 
 

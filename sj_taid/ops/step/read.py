@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from operator import add, mul, or_
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ from .program import (
     Program,
     Reading,
 )
-from .trace import Call, Opaque, Step, trace_step
+from .trace import DTYPES, Call, Opaque, Step, Trace, trace_step
 
 
 def read(step: Step, states: int, parameters: Sequence[Tensor], shape: Sequence[int]) -> Reading:
@@ -38,11 +39,24 @@ def read(step: Step, states: int, parameters: Sequence[Tensor], shape: Sequence[
     Raises:
         NotRead: the step is not pointwise, or not a function of its arguments alone.
     """
-    per_channel = any(p.numel() != 1 for p in parameters)
-    shapes = odd_shapes(shape, per_channel)
-    first, second = (_read_once(step, states, parameters, s) for s in shapes)
+
+    def read_once(shape: Any, dtype: torch.dtype) -> tuple[Reading, bool]:
+        trace = trace_step(step, states, parameters, shape, dtype)
+        return read_trace(trace, states, shape), trace.asks_dtype
+
+    return read_alike(read_once, odd_shapes(shape, any(p.numel() != 1 for p in parameters)))
+
+
+def read_alike(read_once: Callable[..., tuple[Reading, bool]], shapes: Sequence[Any]) -> Reading:
+    """The one reading for two shapes and, if the step asks for the dtype, for each of these."""
+    (first, asks_dtype), (second, _) = (read_once(shape, torch.float32) for shape in shapes)
     if first != second:
         raise NotRead("depends on the shape of its input")
+    for dtype in DTYPES[1:] if asks_dtype else ():
+        other, _ = read_once(shapes[0], dtype)
+        near = map(partial(math.isclose, rel_tol=0.02), first.constants, other.constants)
+        if not all(near) or other._replace(constants=first.constants) != first:
+            raise NotRead("depends on the dtype of its input")
     return first
 
 
@@ -58,21 +72,17 @@ def odd_shapes(
     return found
 
 
-def _read_once(step: Step, states: int, parameters: Sequence[Tensor], shape: Any) -> Reading:
-    return read_calls(*trace_step(step, states, parameters, shape), states, shape)
-
-
-def read_calls(given: Any, calls: Any, ends: Any, reach: Any, states: int, shape: Any) -> Reading:
-    """The calls of a step and its gradient, as :func:`.trace.trace_step` gives them."""
-    reader = _Reader(given, tuple(shape))
-    for call in calls:
+def read_trace(trace: Trace, states: int, shape: Any) -> Reading:
+    """What a trace of a step of so many states, for an input of this shape, is read as."""
+    reader, ends = _Reader(trace.given, tuple(shape)), trace.ends
+    for call in trace.calls:
         try:
             reader.take(call)
         except (RuntimeError, TypeError, ValueError, IndexError, OverflowError) as error:
             raise NotRead(f"has {call.name}, which is not understood") from error
     outputs = [reader.root(end) for end in ends[: 1 + states]]
     grads = [reader.root(end) for end in ends[1 + states : 2 + 2 * states]]
-    return reader.reading(outputs, grads, reach, ends[2 + 2 * states :])
+    return reader.reading(outputs, grads, trace.reach, ends[2 + 2 * states :])
 
 
 class _Value(NamedTuple):
@@ -199,6 +209,7 @@ class _Reader:
 
     def __init__(self, given: dict[str, Tensor], shape: tuple[int, ...]) -> None:
         self.shapes = shape, (1, *shape)  # of a step, and of a sequence of one
+        self.dtype = given["x"].dtype  # which is float32 in all that is read
         self.values: dict[int, Any] = {}
         self.lines: list[tuple[str, tuple[str, ...]]] = []
         self.ranges: dict[str, _Range] = {}
@@ -210,8 +221,14 @@ class _Reader:
         self.aliases: dict[int, set[int]] = {}
         for name, tensor in given.items():
             kind = "operand" if name[0] == "w" else "neuron"
-            self.values[id(tensor)] = _Value(kind, name, tensor.dtype, tuple(tensor.shape))
+            self.values[id(tensor)] = self._value(kind, name, tensor)
             self._alias(tensor).add(_GIVEN)
+
+    def _dtype(self, dtype: Any) -> Any:
+        return torch.float32 if dtype == self.dtype else dtype
+
+    def _value(self, kind: str, name: Any, tensor: Tensor, mask: str = "") -> _Value:
+        return _Value(kind, name, self._dtype(tensor.dtype), tuple(tensor.shape), mask)
 
     def _alias(self, tensor: Tensor) -> set[int]:
         """The tensors in a tensor's memory."""
@@ -239,6 +256,8 @@ class _Reader:
         if any(math.prod(value.shape) != size for value in known) or "out" in call.kwargs:
             raise NotRead(f"changes a part of a tensor in place ({name})")
         base = name.rstrip("_") if in_place else name
+        if "dtype" in call.kwargs:
+            call = call._replace(kwargs=call.kwargs | {"dtype": self._dtype(call.kwargs["dtype"])})
         value = self._understand(call, _SAME_AS.get(base, base))
         for result in call.results:
             self.values[id(result)] = value
@@ -256,11 +275,11 @@ class _Reader:
                 raise NotRead(f"has {base} of a tensor")
             if number is not None and not result.dtype.is_floating_point:
                 number = torch.full((), number, dtype=result.dtype, device="cpu").item()
-            return _Value("number", number, result.dtype, tuple(result.shape))
+            return self._value("number", number, result)
         if torch.Tag.nondeterministic_seeded in call.function.tags:
             raise NotRead(f"has random numbers ({base})")
         if call.number is not None and not (tensors and id(tensors[0]) in self.values):
-            return _Value("number", call.number, result.dtype, tuple(result.shape))
+            return self._value("number", call.number, result)
         if base == "_local_scalar_dense":
             if self.of(tensors[0]).kind == "number" and not isinstance(tensors[0], Opaque):
                 return self.of(tensors[0])  # of a number that the step made a tensor of
@@ -294,7 +313,7 @@ class _Reader:
         if torch.Tag.pointwise not in call.function.tags and base != "_to_copy":
             raise NotRead(f"has {base} of constants, which is not pointwise")
         found = call.function(*args, **kwargs)
-        return _Value("number", found.item(), result.dtype, tuple(result.shape))
+        return self._value("number", found.item(), result)
 
     def _of_parameters(self, call: Call, base: str, kind: str) -> _Value:
         """What torch computes, once a call: not at the size of the input."""
@@ -332,7 +351,7 @@ class _Reader:
         }
         given = [*map(text, call.args), *(f"{k}={text(v)}" for k, v in kwargs.items())]
         self.formulas[name] = f"{call.function}({', '.join(given)})", uses
-        return _Value(kind, name, result.dtype, shape)
+        return self._value(kind, name, result)
 
     def _is_linear(self, call: Call, base: str) -> bool:
         """Whether an operation on sums is linear in them."""
@@ -355,12 +374,12 @@ class _Reader:
         summed = {d % len(shape) for d in ([dims] if isinstance(dims, int) else dims)}
         channel = len(shape) - len(self.shapes[0]) + 1
         kept = {axis for axis, size in enumerate(shape) if axis not in summed and size != 1}
-        is_float = call.result.dtype == torch.float32
+        is_float = self._dtype(call.result.dtype) == torch.float32
         if shape not in self.shapes or kept - {channel} or not is_float or value.mask:
             raise NotRead("sums over some axes of its input")
         if len(self.totals) >= MOST_TOTALS:
             raise NotRead(f"has more than {MOST_TOTALS} sums over neurons")
-        total = _Value("total", f"total{len(self.totals)}", torch.float32, tuple(call.result.shape))
+        total = self._value("total", f"total{len(self.totals)}", call.result)
         self.totals.append((total, self._float(call.args[0])))
         return total
 
@@ -383,10 +402,10 @@ class _Reader:
         is_whole = isinstance(result, Tensor) and tuple(result.shape) in self.shapes
         if not (is_whole or mask) or (masks and base != "index_put"):
             raise NotRead(f"has {base}, which is not pointwise")
-        if result.dtype not in (torch.float32, torch.bool):
+        if self._dtype(result.dtype) not in (torch.float32, torch.bool):
             raise NotRead(f"computes in {str(result.dtype).removeprefix('torch.')}")
         name = self._pointwise(call, base)
-        return _Value("neuron", name, result.dtype, tuple(result.shape), mask)
+        return self._value("neuron", name, result, mask)
 
     def _masked(self, call: Call) -> _Value:
         """The values of some neurons, as ``x[x > 1]``."""
@@ -413,7 +432,7 @@ class _Reader:
         return self._line("where", mask, found, before)
 
     def _pointwise(self, call: Call, base: str) -> str:
-        args, kwargs, dtype = call.args, call.kwargs, call.result.dtype
+        args, kwargs, dtype = call.args, call.kwargs, self._dtype(call.result.dtype)
         if dtype == torch.bool and base == "mul":
             base = "logical_and"
         if dtype == torch.bool and base not in (*_COMPARE, *_LOGIC, "_to_copy", "isnan", "isinf"):

@@ -120,15 +120,13 @@ def recording(module: Any, notes: Notes, tensors: Any, home: str = "") -> Any:
 
 
 def _copy(module: Any, kind: Any) -> Any:
-    """A shallow copy of another class, which keeps no voltages of each step."""
+    """A shallow copy of another class."""
     copied: Any = object.__new__(kind)
     own = copied.__dict__
     own.update(vars(module))
     for name in ("_parameters", "_buffers", "_modules", "_memories"):
         if name in own:
             own[name] = dict(own[name])
-    if "_memories" in own:
-        own["_store_v_seq"] = False
     return copied
 
 
@@ -142,6 +140,8 @@ def _recording_class(kind: Any) -> Any:
             notes, tensors, _ = own["_taid_notes"]
             notes.tensors[name] = None
             return tensors[name]
+        if name == "store_v_seq" and not _is_of_user(sys._getframe(1)):
+            return False  # a sequence of one step keeps no voltages
         if name in _UNSEEN and _is_of_user(sys._getframe(1)) and "_taid_notes" in own:
             raise NotRead(f"asks for {name!r}, which gives attributes unseen: write their names")
         value = kind.__getattribute__(self, name)

@@ -22,13 +22,15 @@ from torch.utils._pytree import tree_map_only
 from ..._internal import compat, graph
 from .code import check_code
 from .program import MOST_STATES, NotRead, Reading
-from .read import FULL, odd_shapes, read_calls, tensors_of
+from .read import FULL, odd_shapes, read_alike, read_trace, tensors_of
 from .record import Neuron, Notes, recording
 from .trace import (
     Call,
     Opaque,
     Recorder,
+    Trace,
     calls_from_spikingjelly,
+    dtype_of,
     example,
     find_reach,
     random_states,
@@ -94,18 +96,18 @@ class Loop(Neuron):
         notes.outside |= check_code(getattr(self.node, "_taid_kind", type(self.node)))
         tensors = list(self.tensors.values())
         per_channel = any(t.numel() != 1 for t in tensors)
-        steps, readings = self.layout.steps or STEPS, []
+        steps = self.layout.steps or STEPS
         if steps < 3:
             raise NotRead(f"takes sequences of {steps} steps alone, too few to tell them apart")
-        for odd in odd_shapes(shape, per_channel, (steps,)):
-            given, calls, ends, reach, steps_found = _trace(self, steps, tensors, odd)
-            reading = read_calls(given, calls, ends, reach, len(steps_found.starts), odd)
-            about = {"starts": steps_found.starts, "keeps": steps_found.keeps}
-            readings.append(reading._replace(**about))
-        if readings[0] != readings[1]:
-            raise NotRead("depends on the shape of its input")
-        self.states = [f"s{k}" for k in range(readings[0].states)]
-        return readings[0]
+
+        def read_once(shape: Any, dtype: torch.dtype) -> tuple[Reading, bool]:
+            trace, found = _trace(self, steps, tensors, shape, dtype)
+            reading = read_trace(trace, len(found.starts), shape)
+            return reading._replace(starts=found.starts, keeps=found.keeps), trace.asks_dtype
+
+        reading = read_alike(read_once, odd_shapes(shape, per_channel, (steps,)))
+        self.states = [f"s{k}" for k in range(reading.states)]
+        return reading
 
     def _forward(self, x: Tensor, tensors: Sequence[Tensor]) -> Any:
         """The module's own forward, of a copy with other tensors."""
@@ -326,6 +328,8 @@ class _Calls(TorchFunctionMode):
         asked = "grad_fn", "grad", "storage", "untyped_storage", "requires_grad"
         if name in asked and not calls_from_spikingjelly():  # whose surrogates ask
             raise NotRead(f"asks for {name!r}, which may be another at the next call")
+        if isinstance(result, torch.dtype | str) and not calls_from_spikingjelly():
+            self.tracker.asks_dtype = True
         if name in ("shape", "size"):
             sizes = result if isinstance(result, tuple) else (result,)
             found = tuple(n if n in self.known else _Size(n) for n in sizes)
@@ -343,10 +347,16 @@ class _Calls(TorchFunctionMode):
 
 
 def _run(
-    forward: Any, layout: Layout, steps: int, tensors: Any, shape: Any, cut: Any = None
+    forward: Any,
+    layout: Layout,
+    steps: int,
+    tensors: Any,
+    shape: Any,
+    dtype: torch.dtype,
+    cut: Any = None,
 ) -> tuple[_Tracker, list[Tensor]]:
     """Run a forward on an input without values; gives its trace, and the outputs of its steps."""
-    x = Opaque.of(layout.leave(torch.rand(steps, *shape, device="cpu")).contiguous())
+    x = Opaque.of(layout.leave(torch.rand(steps, *shape, device="cpu")).contiguous().to(dtype))
     tracker = _Tracker(x, layout, steps, shape)
     channels = shape[1:2] if any(t.numel() != 1 for t in tensors) else ()
     try:
@@ -383,21 +393,23 @@ def _outputs(tracker: _Tracker, y: Tensor) -> list[Tensor]:
     return outputs
 
 
-def _trace(loop: Loop, steps: int, tensors: Any, shape: Any) -> Any:
-    """What a step is given, by name, its calls and their results, and what was found of it."""
+def _trace(
+    loop: Loop, steps: int, tensors: Any, shape: Any, dtype: torch.dtype
+) -> tuple[Trace, _Steps]:
+    """The trace of a step, and what was found of it."""
     with tracing():
         drawn = random_states()
-        given = [example(t.shape, t.dtype) for t in tensors]
-        run = partial(_run, loop._forward, loop.layout, steps, given, shape)
+        given = [example(t.shape, dtype_of(t, dtype)) for t in tensors]
+        run = partial(_run, loop._forward, loop.layout, steps, given, shape, dtype)
         torch.default_generator.manual_seed(0)
         tracker, outputs = run()
         found = _find_steps(tracker, outputs)
         found.keep(loop)
         torch.default_generator.manual_seed(0)
-        ends = found.differentiate(run(found.cut)[0], given)
+        trace = found.differentiate(run(found.cut)[0], given)
         if random_states() != drawn:
             raise NotRead("draws random numbers")
-        return *ends, found
+        return trace, found
 
 
 def _find_steps(tracker: _Tracker, outputs: list[Tensor]) -> _Steps:
@@ -606,8 +618,8 @@ class _Steps:
         made, part = index
         return tracker.blocks[part] if made < 0 else tracker.calls[made].results[part]
 
-    def differentiate(self, tracker: _Tracker, tensors: list[Tensor]) -> Any:
-        """What the step is given by name, its calls and those of its gradient, and its results."""
+    def differentiate(self, tracker: _Tracker, tensors: list[Tensor]) -> Trace:
+        """The step of a second run, and its gradient."""
         size, forward = len(self.states), len(tracker.calls)
         if [call.name for call in tracker.calls] != self.names:
             raise NotRead("is another at each call")
@@ -616,7 +628,7 @@ class _Steps:
         if self.cuts or any(end.shape != x.shape or end.dtype != x.dtype for end in ends):
             raise NotRead("has a state of another shape or dtype than its input")
         inputs = [x, *states, *tensors]
-        upstream = [example(x.shape).detach() for _ in ends]
+        upstream = [example(x.shape, x.dtype).detach() for _ in ends]
         pairs = [(end, g) for end, g in zip(ends, upstream, strict=True) if end.requires_grad]
         learned = [t for t in inputs if t.requires_grad]
         grads: Any = [None] * len(inputs)
@@ -634,7 +646,7 @@ class _Steps:
         names = ["x", *(f"s{k}" for k in range(size)), *(f"w{k}" for k in range(len(tensors)))]
         names += ["g", *(f"g{k}" for k in range(size))]
         given = dict(zip(names, (*inputs, *upstream), strict=True))
-        return given, [*calls, *backward], [*ends, *grads], reach
+        return Trace(given, [*calls, *backward], [*ends, *grads], reach, tracker.asks_dtype)
 
     def _needed(self, tracker: _Tracker, roots: Any, given: set[int], forward: int) -> list[Call]:
         """The calls that make the roots of what is given, in their order."""

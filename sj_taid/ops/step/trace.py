@@ -26,39 +26,51 @@ Step = Callable[[Tensor, Sequence[Any], Sequence[Tensor]], tuple[Tensor, Sequenc
 #: one reading at a time: torch's modes and random states belong to the process, not to a thread
 ONE_READING = threading.RLock()
 
+#: the dtypes of inputs that a kernel takes; it computes in the first
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 #: operations that make numbers of nothing that is traced
 NEW = ("arange", "lift_fresh", "lift_fresh_copy")
 #: operations, and their gradients, that are traced as those that torch takes them apart into
 DECOMPOSED = frozenset(["gelu", "silu", "elu", "celu", "selu", "mish"])
 
 
-def trace_step(
-    step: Step, states: int, parameters: Sequence[Tensor], shape: Sequence[int]
-) -> tuple[dict[str, Tensor], list[Call], list[Any], Any]:
-    """What a step was given, by name, all operations of it and its gradient, and their results.
+class Trace(NamedTuple):
+    """A step and its gradient as torch ran them."""
 
-    Names are ``x``, ``s0`` (states), ``w0`` (parameters), ``g`` and ``g0`` (gradients of the output
-    and the next states). Results are the output, the next states, and the gradients of what was
-    given; ``None`` for what has none. Last, as :attr:`.Program.reach`, what each alone has them of.
-    """
+    #: what it was given, by name: ``x``, ``s0`` (states), ``w0`` (parameters), ``g`` and ``g0``
+    #: (gradients of the output and the next states)
+    given: dict[str, Tensor]
+    calls: list[Call]  #: all operations
+    #: the output, the next states, and the gradients of what was given; ``None`` for what has none
+    ends: list[Any]
+    reach: Any  #: of what each end alone has gradients, as :attr:`.Program.reach`
+    asks_dtype: bool  #: whether the step asks for the dtype of a tensor
+
+
+def trace_step(
+    step: Step, states: int, parameters: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype
+) -> Trace:
+    """Trace a step and its gradient for an input of a shape and dtype."""
     if states > MOST_STATES:
         raise NotRead(f"has more than {MOST_STATES} states")
     with tracing():
         # Until no mask chooses one neuron alone, which torch treats otherwise.
         for seed in range(16):
             torch.default_generator.manual_seed(seed)
-            inputs = [example(shape) for _ in range(1 + states)]
-            inputs += [example(p.shape, p.dtype) for p in parameters]
-            upstream = [example(shape).detach() for _ in range(1 + states)]
+            inputs = [example(shape, dtype) for _ in range(1 + states)]
+            inputs += [example(p.shape, dtype_of(p, dtype)) for p in parameters]
+            upstream = [example(shape, dtype).detach() for _ in range(1 + states)]
             drawn = random_states()
-            calls, ends, reach = _trace(step, states, inputs, upstream)
+            recorder, ends, reach = _trace(step, states, inputs, upstream)
             if random_states() != drawn:
                 raise NotRead("draws random numbers")
+            calls = recorder.calls
             if not any(call.name == "index" and call.result.numel() == 1 for call in calls):
                 break
     names = ["x", *(f"s{k}" for k in range(states)), *(f"w{k}" for k in range(len(parameters)))]
     names += ["g", *(f"g{k}" for k in range(states))]
-    return dict(zip(names, (*inputs, *upstream), strict=True)), calls, ends, reach
+    given = dict(zip(names, (*inputs, *upstream), strict=True))
+    return Trace(given, calls, ends, reach, recorder.asks_dtype)
 
 
 @contextmanager
@@ -119,11 +131,15 @@ class Opaque(Tensor):
         return tree_map_only(Tensor, Opaque.of, result)
 
 
-def example(shape: Any, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Random values; of half precision, which a plan is given as float32, in float32."""
-    is_float = dtype.is_floating_point
-    dtype = torch.float32 if is_float and dtype.itemsize < 4 else dtype
-    return Opaque.of(torch.rand(shape, device="cpu").to(dtype), requires_grad=is_float)
+def example(shape: Any, dtype: torch.dtype) -> Tensor:
+    """Random values that have a gradient if they are floats."""
+    values = torch.rand(shape, device="cpu").to(dtype)
+    return Opaque.of(values, requires_grad=dtype.is_floating_point)
+
+
+def dtype_of(parameter: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """That of a parameter where the input's is ``dtype``: a plan is given both as float32."""
+    return dtype if parameter.dtype in DTYPES else parameter.dtype
 
 
 class Call(NamedTuple):
@@ -153,6 +169,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.calls: list[Call] = []
         self.error: NotRead | None = None  # which the step may have caught
+        self.asks_dtype = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func._schema.name.split("::")[1].removesuffix("_backward") in DECOMPOSED:
@@ -234,6 +251,8 @@ class _Asked(TorchFunctionMode):
         # SpikingJelly's surrogates ask whether to save for backward.
         if is_asked and not calls_from_spikingjelly():
             raise self._note(f"asks for {name!r}, which may be another at the next call")
+        if isinstance(result, torch.dtype | str) and not calls_from_spikingjelly():
+            self.recorder.asks_dtype = True
         if name in ("dim", "ndim", "ndimension"):
             return result
         known = self.known if name in _SIZES else ()
@@ -285,7 +304,7 @@ def _trace(step: Step, states: int, inputs: Any, upstream: Any) -> tuple[Any, ..
         raise NotRead(f"could not be traced: {type(error).__name__}: {text}"[:200]) from error
     if recorder.error is not None:
         raise recorder.error
-    return recorder.calls, [*ends, *grads], reach
+    return recorder, [*ends, *grads], reach
 
 
 def find_reach(ends: Any, upstream: Any, inputs: Any) -> tuple[tuple[bool, ...], ...]:

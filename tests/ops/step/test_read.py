@@ -329,8 +329,25 @@ BY_SHAPES = [
     lambda x, v: x.new_zeros(*x.shape) + torch.ones(x.shape[0], *x.shape[1:]),
     *(lambda x, v: 2.0 if x.shape == v.shape else 1.0, lambda x, v: torch.ones(1).expand(x.shape)),
     lambda x, v: torch.empty_strided(x.shape, x.stride()).zero_() if x.is_complex() else x,
-    lambda x, v: x * 2 if x.is_floating_point() and x.dtype == torch.float32 else x,
+    lambda x, v: x * 2 if x.is_floating_point() else x,
 ]
+#: what is the same for every dtype of the input, and what is not
+BY_DTYPES = [
+    lambda x, v: torch.zeros(x.shape, dtype=x.dtype) + (x > 0).to(x.dtype),
+    lambda x, v: torch.ones(1, dtype=v.dtype) * (x.float() if x.dtype == torch.int32 else x),
+    lambda x, v: torch.full_like(x, 0.1, dtype=x.dtype) * torch.tensor(0.1, dtype=x.dtype) * 3,
+    lambda x, v: torch.nn.functional.gelu(x) * (v.dtype == x.dtype),
+]
+BY_ONE_DTYPE = [
+    *(lambda x, v: 2.0 if x.dtype == torch.float32 else 1.0, lambda x, v: torch.finfo(x.dtype).eps),
+    *(lambda x, v: 2.0 if x.dtype == torch.bfloat16 else 1.0, lambda x, v: 1 / x.element_size()),
+    *(lambda x, v: 2.0 if "Half" in x.type() else 1.0, lambda x, v: by_dtype(x)),
+]
+
+
+@torch.jit.script
+def by_dtype(x):
+    return x * 2 if x.dtype == torch.float16 else x
 
 
 @pytest.mark.parametrize("look", BY_SIZES)
@@ -343,6 +360,26 @@ def test_a_step_that_asks_for_sizes_is_refused(look):
 def test_a_step_that_gives_shapes_to_torch_is_read(look):
     found = read_images(looking(lambda self, x, v: look(x, v)))
     assert not isinstance(found, str), found
+
+
+@pytest.mark.parametrize("look", BY_DTYPES)
+def test_a_step_that_is_the_same_for_each_dtype_is_read(look):
+    found = read_images(looking(lambda self, x, v: look(x, v)))
+    assert not isinstance(found, str), found
+
+
+@pytest.mark.parametrize("look", BY_ONE_DTYPE)
+def test_a_step_that_decides_by_the_dtype_is_refused(look):
+    found = read_images(looking(lambda self, x, v: look(x, v)))
+    assert isinstance(found, str) and ("dtype" in found or "size" in found), found
+
+
+def test_a_step_may_ask_whether_voltages_are_stored():
+    nodes = pair(looking(lambda self, x, v: 2.0 if self.store_v_seq else 1.0))
+    for stores in (False, True, False):
+        for node in nodes:
+            node.store_v_seq = stores
+        check_equal(*nodes)
 
 
 def test_a_parameters_sizes_are_known():
