@@ -198,6 +198,11 @@ def _join(func: Any, args: Any, kwargs: Any) -> Any:
     return run(func, args, kwargs, None if None in peaks else max(peaks, default=None))  # type: ignore[type-var]
 
 
+def _peak_of_product(args: Any, kwargs: Any) -> int | None:
+    peaks: Any = [None] if kwargs or len(args) != 2 else [*map(peak_of, args)]
+    return None if None in peaks else math.prod(peaks)
+
+
 @handles(Tensor.__rsub__)
 def _subtract(func: Any, args: Any, kwargs: Any) -> Any:
     """``1 - spikes`` are spikes."""
@@ -208,8 +213,8 @@ def _subtract(func: Any, args: Any, kwargs: Any) -> Any:
 def _multiply(operation: Any, func: Any, args: Any, kwargs: Any) -> Any:
     """A product or a quotient, which may be counts times a constant."""
     if kwargs or len(args) != 2 or type(args[1]) not in (int, float):
-        peaks: Any = [None] if kwargs or operation is not Tensor.mul_ else [*map(peak_of, args)]
-        return run(func, args, kwargs, None if None in peaks else math.prod(peaks))
+        peak = _peak_of_product(args, kwargs) if operation is Tensor.mul_ else None
+        return run(func, args, kwargs, peak)
     whole, other = args
     recipe: Any = whole.recipe() if type(whole) is Kept else None
     if not (isinstance(recipe, PackedRecipe) and torch.is_grad_enabled() and fills_memory(whole)):
@@ -264,13 +269,20 @@ for kind in ("max", "avg", "adaptive_max", "adaptive_avg"):
 
 
 @handles(
-    *_named("matmul __matmul__ bmm mm addmm baddbmm conv1d conv2d conv3d"),
+    *_named("addmm baddbmm conv1d conv2d conv3d"),
     *_named("conv_transpose1d conv_transpose2d conv_transpose3d"),
 )
-def _contract(func: Any, args: Any, kwargs: Any) -> Any:
+def _contract(func: Any, args: Any, kwargs: Any, peak: int | None = None) -> Any:
     if graph.is_autocast_enabled() and sum(isinstance(t, Tensor) for t in args) > 1:
         args = tuple(_lowered(t) if type(t) is Kept else t for t in args)
-    return run(func, args, kwargs)
+    return run(func, args, kwargs, peak)
+
+
+@handles(*_named("matmul __matmul__ bmm mm"))
+def _matmul(func: Any, args: Any, kwargs: Any) -> Any:
+    """A sum of as many products as heads are wide; four bits hold those of narrow heads."""
+    peak = _peak_of_product(args, kwargs)
+    return _contract(func, args, kwargs, None if peak is None else peak * args[0].shape[-1])
 
 
 def _lowered(tensor: Any) -> Any:

@@ -27,10 +27,10 @@ SCALES = {
 UNKNOWN = ("of a part", "of a transposed", "then a whole number", "rounded")
 
 
-def spikes_of(dtype, node=neuron.LIFNode, most=1, **options):
+def spikes_of(dtype, node=neuron.LIFNode, most=1, width=8, **options):
     """The same spikes with a graph, plain and accelerated."""
     net = accelerated(nn.Sequential(node(step_mode="m", **options)))
-    spikes = net(torch.rand(8, 3, 4, 8).mul(3).to(dtype).requires_grad_())
+    spikes = net(torch.rand(8, 3, 4, width).mul(3).to(dtype).requires_grad_())
     assert 0 < spikes.mean() < spikes.max() == most
     return spikes.detach().as_subclass(torch.Tensor).clone().requires_grad_() * 1, spikes
 
@@ -75,6 +75,23 @@ def test_what_gives_spikes_of_spikes_is_saved_as_bits(give):
     y, saved = record_saved(lambda: F.linear(given, leaf), [leaf])
     (grad,) = torch.autograd.grad(y.sum(), leaf)
     assert saved == given.nbytes / 32 and torch.equal(grad[0], given.detach().sum((0, 1, 2)))
+
+
+@pytest.mark.parametrize(("width", "share"), [(8, 8), (14, 8), (15, 1), (64, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_of_spikes_in_narrow_heads_are_saved_in_four_bits(dtype, width, share):
+    """SpikeSCR's QKFormer has heads 8 wide; a sum of up to 14 products fits four bits."""
+    found = []
+    for spikes in spikes_of(dtype, width=width):
+        scores = spikes @ spikes.transpose(-1, -2)
+        leaf = torch.linspace(-1, 1, 5 * scores.shape[-1]).view(5, -1).to(dtype).requires_grad_()
+        y, saved = record_saved(lambda scores=scores, leaf=leaf: F.linear(scores, leaf), [leaf])
+        grads = torch.autograd.grad(y.sum(), [leaf, spikes])
+        found.append([y + 0, *grads, scores.nbytes / saved])
+    *plain, _ = found[0]
+    *fast, gain = found[1]
+    assert all(map(torch.equal, fast, plain))
+    assert gain == (share * dtype.itemsize / 4 if share > 1 else 1)
 
 
 @pytest.mark.parametrize("autocast", [True, False])
